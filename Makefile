@@ -1,0 +1,87 @@
+# Two environments, each made when it is first needed: .venv for development (requirements-dev.txt)
+# and .venv-cuda, with a CUDA build of torch, for cuda-build.
+PYTHON ?= python3
+export PYTHON
+
+VENV := .venv
+VENV_CUDA := .venv-cuda
+# With an environment's tools on PATH: torch's build looks there for ninja, pre-commit for ruff.
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin
+RUN_CUDA := PATH="$(CURDIR)/$(VENV_CUDA)/bin:$$PATH" $(VENV_CUDA)/bin
+
+NATIVE := setup.py pyproject.toml $(wildcard csrc/*)
+PACKAGE := $(shell find adamal_kernels -name '*.py')
+
+.NOTPARALLEL:
+.PHONY: help demo test bench build cuda-build gpu-check lint format clean
+
+help:  ## Show this list.
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: build  ## Train a small GPT with Adam and with AdamAL, side by side.
+	$(RUN)/python examples/train_gpt.py
+
+test: build  ## Run the whole test suite. PYTEST_ARGS are passed on.
+	$(RUN)/python -m pytest tests $(PYTEST_ARGS)
+
+bench: build  ## Run the benchmarks.
+	$(RUN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+build: $(VENV)/.built  ## Build the extensions in place: C++, and CUDA given nvcc and a CUDA torch.
+
+cuda-build: $(VENV_CUDA)/.built  ## Build and import everything against a CUDA build of torch; needs nvcc, no GPU.
+	@cd $(VENV_CUDA) && bin/python -c 'import adamal_kernels._C, adamal_kernels._cuda; \
+	  from adamal_kernels.build_info import extension_record as record; \
+	  print(record("_C"), record("_cuda"), "imported both", sep="\n")'
+	cd $(VENV_CUDA) && bin/python -m adamal_kernels info
+
+gpu-check:  ## On a machine with an NVIDIA GPU: test, memcheck and benchmark, with PYTHON's packages.
+	.ci/gpu-check
+
+lint: $(VENV)/.installed  ## Check style, and correct what the formatters can.
+	$(RUN)/pre-commit run --all-files --show-diff-on-failure
+
+format: $(VENV)/.installed  ## Format the sources, and apply ruff's fixes.
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+	$(RUN)/clang-format -i $(wildcard csrc/* tests/native/*)
+
+clean:  ## Remove what was built, and both environments.
+	rm -rf build dist $(VENV) $(VENV_CUDA) adamal_kernels/_build.json adamal_kernels/*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# $(call make_venv,FOLDER). First looks for what would otherwise fail after gigabytes of downloads.
+define make_venv
+	@command -v $(PYTHON) >/dev/null || { echo >&2 \
+	  "$(PYTHON) was not found: install Python 3.10 or newer, or name one: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo >&2 \
+	  "$(PYTHON) is too old (`$(PYTHON) -V 2>&1`): name Python 3.10 or newer: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo >&2 \
+	  "$(PYTHON) has no venv module (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo >&2 \
+	  "no C++ compiler: install g++ (Debian, Ubuntu: apt-get install g++), or set CXX"; exit 1; }
+	$(PYTHON) -m venv $(1)
+endef
+
+$(VENV)/.installed: requirements-dev.txt
+	$(call make_venv,$(VENV))
+	$(RUN)/python -m pip install -r requirements-dev.txt
+	ADAMAL_BUILD=none $(RUN)/python -m pip install --no-build-isolation --no-deps -e .
+	@touch $@
+
+# Fails where _C is missing, so that no test is left out for want of it.
+$(VENV)/.built: $(VENV)/.installed $(NATIVE)
+	$(RUN)/python setup.py build_ext --inplace
+	@$(RUN)/python -c 'import sys; from adamal_kernels.build_info import why_not_importable; \
+	  sys.exit(why_not_importable("_C"))'
+	@touch $@
+
+$(VENV_CUDA)/.installed: requirements-cuda.txt
+	$(call make_venv,$(VENV_CUDA))
+	$(RUN_CUDA)/python -m pip install -r requirements-cuda.txt
+	@touch $@
+
+$(VENV_CUDA)/.built: $(VENV_CUDA)/.installed $(NATIVE) $(PACKAGE)
+	ADAMAL_BUILD=cuda $(RUN_CUDA)/python -m pip install -v --no-build-isolation --no-deps \
+	  --force-reinstall .
+	@touch $@

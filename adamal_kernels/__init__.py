@@ -1,0 +1,26 @@
+"""AdamAL, Adam with a second moment that never decreases, as one multi-tensor kernel pass.
+
+    >>> from adamal_kernels import AdamAL
+    >>> import torch
+    >>> model = torch.nn.Linear(4, 2)
+    >>> optimizer = AdamAL(model.parameters(), lr=1e-3)   # where torch.optim.Adam stood
+
+``python -m adamal_kernels info`` says what can run on this machine, and why the rest cannot.
+"""
+
+from .optimizer import Adam, AdamAL, AdamALW, AdamW
+from .projections import Box, L1Ball, L2Ball, NonNegative, Simplex
+from .version import __version__
+
+__all__ = [
+    "Adam",
+    "AdamAL",
+    "AdamALW",
+    "AdamW",
+    "Box",
+    "L1Ball",
+    "L2Ball",
+    "NonNegative",
+    "Simplex",
+    "__version__",
+]

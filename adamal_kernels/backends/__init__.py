@@ -1,0 +1,138 @@
+"""The registry of backends, and the choice among them.
+
+A backend sees buckets of plain tensors and scalars (:mod:`adamal_kernels.bucket`): no groups, no
+options, no environment. It is one module and one line in :data:`BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Protocol
+
+import torch
+
+from ..bucket import Bucket, BucketKey
+from .foreach import ForeachBackend
+from .native import CpuBackend, CudaBackend
+from .reference import ReferenceBackend
+from .triton import TritonBackend
+
+__all__ = ["BACKENDS", "BACKEND_NAMES", "FUSED", "Backend", "check_request", "pick"]
+
+
+class Backend(Protocol):
+    """What the optimizer asks of a backend."""
+
+    name: str
+    device_types: tuple[str, ...] | None
+    """Types of the devices it is made for; None for any."""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why nothing on ``device`` can be stepped here, with the remedy; None if it can."""
+
+    def unsupported(self, key: BucketKey) -> str | None:
+        """Why this kind of bucket cannot be stepped, with the remedy; None if it can."""
+
+    def step(self, bucket: Bucket) -> None:
+        """Step the bucket's parameters and moments in place."""
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        CudaBackend(),
+        TritonBackend(),
+        CpuBackend(),
+        ForeachBackend(),
+        ReferenceBackend(),
+    )
+}
+
+FUSED = ("cuda", "triton", "cpu")
+"""Backends that read and write every element once."""
+
+BACKEND_NAMES = ("auto", *BACKENDS)
+
+_AUTO = {"cuda": ("cuda", "triton", "foreach"), "cpu": ("cpu", "foreach")}
+_AUTO_ELSEWHERE = ("foreach",)
+
+_announced: set[tuple[str, str]] = set()
+
+
+def check_request(backend: object, *, fused: object, foreach: object) -> None:
+    """Check that ``backend``, ``fused`` and ``foreach`` are valid and agree.
+
+    Raises:
+        TypeError: ``fused`` or ``foreach`` is neither a bool nor None.
+        ValueError: ``backend`` names none, or the three contradict each other.
+    """
+    if backend not in BACKEND_NAMES:
+        raise ValueError(f"backend: {backend!r} is unknown; use one of {', '.join(BACKEND_NAMES)}")
+    for name, value in (("fused", fused), ("foreach", foreach)):
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"{name} must be True, False or None, got {value!r}")
+    contradiction = None
+    if fused and foreach:
+        contradiction = "fused=True and foreach=True"
+    elif fused and backend in ("foreach", "reference"):
+        contradiction = f"fused=True and backend={backend!r}"
+    elif fused is False and backend in FUSED:
+        contradiction = f"fused=False and backend={backend!r}"
+    elif foreach and backend not in ("auto", "foreach"):
+        contradiction = f"foreach=True and backend={backend!r}"
+    elif foreach is False and backend == "foreach":
+        contradiction = f"foreach=False and backend={backend!r}"
+    if contradiction:
+        raise ValueError(f"{contradiction} contradict each other; set only backend")
+
+
+def _candidates(
+    device_type: str, backend: str, fused: bool | None, foreach: bool | None
+) -> tuple[str, ...]:
+    """Return the backends to try, in order; one only where it was named."""
+    if backend != "auto":
+        return (backend,)
+    if foreach:
+        return ("foreach",)
+    order = _AUTO.get(device_type, _AUTO_ELSEWHERE)
+    if fused:
+        return tuple(name for name in order if name in FUSED)
+    if fused is False:
+        return ("reference",) if foreach is False else ("foreach",)
+    if foreach is False:
+        return (*(name for name in order if name != "foreach"), "reference")
+    return order
+
+
+def pick(
+    key: BucketKey, *, backend: str = "auto", fused: bool | None = None, foreach: bool | None = None
+) -> Backend:
+    """Return the backend that steps buckets of kind ``key`` under these options.
+
+    ``backend="auto"`` takes the first that can, and warns once for each reason it passed one
+    over. A backend that was named, or ``fused=True``, is never replaced by another.
+
+    Raises:
+        RuntimeError: none of those asked for can; the message says why of each, and the remedy.
+    """
+    candidates = _candidates(key.device.type, backend, fused, foreach)
+    reasons = []
+    for name in candidates:
+        candidate = BACKENDS[name]
+        reason = candidate.unavailable(key.device) or candidate.unsupported(key)
+        if reason is None:
+            for passed_over in reasons:
+                _announce_once(name, passed_over)
+            return candidate
+        reasons.append(f"{name}: {reason}")
+    asked = "fused=True" if backend == "auto" else f"backend={backend!r}"
+    found = "; ".join(reasons) or f"no fused backend serves {key.device.type!r} devices"
+    raise RuntimeError(f"{asked} cannot run here. {found}")
+
+
+def _announce_once(taken: str, passed_over: str) -> None:
+    if (taken, passed_over) not in _announced:
+        _announced.add((taken, passed_over))
+        warnings.warn(
+            f"adamal_kernels: using backend {taken!r}, because {passed_over}", stacklevel=5
+        )

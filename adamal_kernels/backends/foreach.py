@@ -1,0 +1,108 @@
+"""The formula in torch's foreach operators: eager PyTorch for any device, fewer launches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..bucket import Bucket, BucketKey, SecondMoment
+from ..dtypes import DTYPE_PAIRS, compute_dtype
+from ..hyperparameters import StepScalars
+from .reference import rounded_sqrt
+
+__all__ = ["ForeachBackend"]
+
+
+class ForeachBackend:
+    """All tensors of a bucket by one foreach call an operation.
+
+    Only foreach operators of one rounding are used: ``_foreach_lerp_``, ``_foreach_addcdiv_`` and
+    ``alpha=`` may contract two operations into one.
+    """
+
+    name = "foreach"
+    device_types = None
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """See :class:`adamal_kernels.backends.Backend`."""
+        return None
+
+    def unsupported(self, key: BucketKey) -> str | None:
+        """See :class:`adamal_kernels.backends.Backend`."""
+        return None if key.dtypes in DTYPE_PAIRS else f"{key.dtypes} is not in DTYPE_PAIRS"
+
+    def step(self, bucket: Bucket) -> None:
+        """See :class:`adamal_kernels.backends.Backend`."""
+        dtype = compute_dtype(bucket.key.dtypes.param)
+        table = [StepScalars(*row) for row in torch.tensor(bucket.scalars, dtype=dtype).tolist()]
+        rows = [table[row] for row in bucket.rows]
+
+        grads = torch._foreach_mul(
+            [grad.to(dtype) for grad in bucket.grads], [row.grad_sign for row in rows]
+        )
+        params = [param.to(dtype) for param in bucket.params]
+        decayed = [i for i, row in enumerate(rows) if row.coupled_decay != 0]
+        if decayed:
+            terms = torch._foreach_mul(
+                [params[i] for i in decayed], [rows[i].coupled_decay for i in decayed]
+            )
+            torch._foreach_add_([grads[i] for i in decayed], terms)
+        params = list(torch._foreach_mul(params, [row.decay_factor for row in rows]))
+
+        steps = torch._foreach_sub(grads, bucket.exp_avgs)
+        torch._foreach_mul_(steps, [row.one_minus_beta1 for row in rows])
+        torch._foreach_add_(bucket.exp_avgs, steps)
+
+        denominators = self._second_moments(bucket, grads, rows)
+        denominators = [rounded_sqrt(v) for v in denominators]
+        # By tensors: eager CUDA divides by a number by multiplying by its reciprocal.
+        divisors = torch.tensor([row.bias2_sqrt for row in rows], dtype=dtype)
+        torch._foreach_div_(denominators, list(divisors.to(bucket.key.device).unbind()))
+        torch._foreach_add_(denominators, [row.eps for row in rows])
+
+        quotients = list(torch._foreach_div(bucket.exp_avgs, denominators))
+        for i, (m, d) in enumerate(zip(bucket.exp_avgs, denominators, strict=True)):
+            # Gradient and moments all zero with eps=0: the parameter stays.
+            quotients[i] = torch.where((m == 0) & (d == 0), 0.0, quotients[i])
+        torch._foreach_mul_(quotients, [row.step_size for row in rows])
+        torch._foreach_sub_(params, quotients)
+
+        for i, row in enumerate(rows):
+            if row.lower != -math.inf or row.upper != math.inf:
+                lower, upper = torch.tensor(
+                    [row.lower, row.upper], dtype=dtype, device=bucket.key.device
+                ).unbind()
+                p = params[i]
+                params[i] = torch.where(p < lower, lower, torch.where(p > upper, upper, p))
+        torch._foreach_copy_(bucket.params, params)
+
+    @staticmethod
+    def _second_moments(
+        bucket: Bucket, grads: Sequence[Tensor], rows: Sequence[StepScalars]
+    ) -> Sequence[Tensor]:
+        """Update the second moments in place; return those the denominator is made of."""
+        squares = torch._foreach_mul(grads, grads)
+        one_minus_beta2 = [row.one_minus_beta2 for row in rows]
+        if bucket.key.second_moment is SecondMoment.MONOTONE:
+            grown = torch._foreach_sub(squares, bucket.exp_avg_sqs)
+            torch._foreach_mul_(grown, one_minus_beta2)
+            torch._foreach_add_(grown, bucket.exp_avg_sqs)
+            moved = [
+                torch.where(g2 > v, new, v)
+                for g2, v, new in zip(squares, bucket.exp_avg_sqs, grown, strict=True)
+            ]
+        else:
+            moved = list(torch._foreach_mul(bucket.exp_avg_sqs, [row.beta2 for row in rows]))
+            torch._foreach_add_(moved, torch._foreach_mul(squares, one_minus_beta2))
+        torch._foreach_copy_(bucket.exp_avg_sqs, moved)
+        if bucket.key.second_moment is not SecondMoment.AMSGRAD:
+            return moved
+        maxima = [
+            torch.where(v > largest, v, largest)
+            for v, largest in zip(moved, bucket.max_exp_avg_sqs, strict=True)
+        ]
+        torch._foreach_copy_(bucket.max_exp_avg_sqs, maxima)
+        return maxima

@@ -1,0 +1,189 @@
+"""The one table of cases that the command line, the tests and the benchmarks' gate share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bucket import SecondMoment
+from .dtypes import DTYPE_PAIRS, DtypePair
+from .projections import Box, NonNegative
+
+__all__ = ["STEPS", "Case", "cases"]
+
+STEPS = 20
+
+_DENORMAL = {
+    torch.float32: 1e-41,
+    torch.float64: 1e-310,
+    torch.bfloat16: 1e-39,
+    torch.float16: 1e-7,
+}
+
+# Options by name: those of the first group, and what the second group has otherwise. Learning
+# rates are large enough that twenty steps reach the bounds.
+_VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "default": ({"lr": 1e-2}, {"lr": 3e-2, "betas": (0.8, 0.99)}),
+    "coupled decay": ({"lr": 1e-2, "weight_decay": 0.1}, {"weight_decay": 0.0}),
+    "decoupled decay": (
+        {"lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True},
+        {"decoupled_weight_decay": False},
+    ),
+    "maximize": ({"lr": 1e-2, "maximize": True, "weight_decay": 0.1}, {"maximize": False}),
+    "algorithm 1": ({"lr": 1e-3, "eps": 0.0, "bias_correction": False}, {"betas": (0.9, 0.9)}),
+    "no memory": ({"lr": 1e-2, "betas": (0.0, 0.0)}, {"betas": (0.5, 0.0)}),
+    "box": ({"lr": 5e-2, "projection": Box(-0.3, 0.7)}, {"projection": Box(-0.1, float("inf"))}),
+    "nonnegative, decoupled": (
+        {
+            "lr": 5e-2,
+            "projection": NonNegative(),
+            "weight_decay": 0.1,
+            "decoupled_weight_decay": True,
+        },
+        {"projection": None},
+    ),
+    "lr 0 does not project": ({"lr": 0.0, "projection": Box(-0.1, 0.1)}, {"lr": 1e-2}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration: types, options, and the tensors of two param groups.
+
+    The parameters are ragged, tiny, empty, zero-dimensional, transposed, misaligned and longer
+    than a chunk of any backend; in some variants one has gaps between its elements. Each misses
+    its gradient in some steps, so that step counts differ.
+    """
+
+    variant: str
+    dtypes: DtypePair
+    second_moment: SecondMoment
+    special: bool = False
+    """Gradients hold NaN, infinities, denormals and both zeros."""
+    oracle: bool = True
+    """False where the compute type's own limits show: with eps = 0, a gradient whose square is
+    too small for float32 divides by zero."""
+    options: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
+    other_options: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """A short name, unique in the table."""
+        param, grad = (str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        types = param if param == grad else f"{param} with {grad} gradients"
+        return f"{self.second_moment.name.lower()}, {types}, {self.variant}"
+
+    def params(self, device: torch.device | str = "cpu") -> list[Tensor]:
+        """Return the initial parameters, the same values on every call and device."""
+        generator = torch.Generator().manual_seed(1)
+        made = []
+        shapes = (*_SHAPES, _STRIDED) if self.variant in _STRIDED_VARIANTS else _SHAPES
+        for layout, shape in shapes:
+            values = torch.randn(shape, generator=generator, dtype=torch.float64).mul_(0.5)
+            values = values.to(self.dtypes.param).to(device)
+            made.append(_laid_out(values, layout))
+        for param in made:
+            param.requires_grad_()
+            if self.dtypes.grad != self.dtypes.param:
+                param.grad_dtype = self.dtypes.grad
+        return made
+
+    def grads(self, step: int, params: list[Tensor]) -> list[Tensor | None]:
+        """Return the gradients of step ``step`` (from 0), the same values on every call."""
+        generator = torch.Generator().manual_seed(1000 + step)
+        made: list[Tensor | None] = []
+        for index, param in enumerate(params):
+            values = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+            values = values.mul_(0.1 * (1 + index % 3)).to(self.dtypes.grad)
+            if self.special:
+                _put_special(values, step)
+            if (step + index) % 7 == 3:
+                made.append(None)
+            else:
+                grad = torch.empty_like(param, dtype=self.dtypes.grad, requires_grad=False)
+                made.append(grad.copy_(values))
+        return made
+
+    def groups(self, params: list[Tensor]) -> list[dict[str, Any]]:
+        """Return ``params`` as two param groups with this case's options."""
+        common = {"amsgrad": True} if self.second_moment is SecondMoment.AMSGRAD else {}
+        return [
+            {"params": params[::2], **common, **self.options},
+            {"params": params[1::2], **common, **self.options, **self.other_options},
+        ]
+
+
+_SHAPES: tuple[tuple[str, tuple[int, ...]], ...] = (
+    ("contiguous", ()),
+    ("contiguous", (0,)),
+    ("contiguous", (1,)),
+    ("contiguous", (7,)),
+    ("contiguous", (3, 5)),
+    ("transposed", (12, 9)),
+    ("channels_last", (2, 3, 4, 5)),
+    ("misaligned", (129,)),
+    ("contiguous", (2048,)),
+    ("contiguous", (2049,)),
+    ("contiguous", (16390,)),
+)
+
+# A step that has to copy a parameter cannot be repeated without Python: most variants leave it out.
+_STRIDED = ("strided", (6, 11))
+_STRIDED_VARIANTS = ("maximize", "nonnegative, decoupled", "box, special gradients")
+
+
+def _laid_out(values: Tensor, layout: str) -> Tensor:
+    if layout == "transposed":
+        return values.t().contiguous().t()
+    if layout == "channels_last":
+        return values.contiguous(memory_format=torch.channels_last)
+    if layout == "misaligned":
+        room = torch.empty(values.numel() + 1, dtype=values.dtype, device=values.device)
+        return room[1:].copy_(values)
+    if layout == "strided":
+        room = torch.empty(
+            *values.shape[:-1], 2 * values.shape[-1], dtype=values.dtype, device=values.device
+        )
+        return room[..., ::2].copy_(values)
+    return values
+
+
+def _put_special(values: Tensor, step: int) -> None:
+    """Overwrite some elements; which ones differs from step to step, and most stay finite."""
+    flat = values.view(-1)
+    if flat.numel() < 7:
+        return
+    denormal = _DENORMAL[values.dtype]
+    specials = (0.0, -0.0, denormal, -denormal)
+    flat[: len(specials)] = torch.tensor(specials, dtype=torch.float64).to(values.dtype)
+    if step % 4 == 1:
+        flat[4], flat[5], flat[6] = float("nan"), float("inf"), float("-inf")
+
+
+def cases() -> Iterator[Case]:
+    """Yield the whole table: every pair of types, second moment and variant of options."""
+    for dtypes in DTYPE_PAIRS:
+        for second_moment in SecondMoment:
+            for variant, (options, other_options) in _VARIANTS.items():
+                yield Case(
+                    variant,
+                    dtypes,
+                    second_moment,
+                    options=options,
+                    other_options=other_options,
+                )
+            for variant in ("default", "box", "algorithm 1"):
+                options, other_options = _VARIANTS[variant]
+                yield Case(
+                    f"{variant}, special gradients",
+                    dtypes,
+                    second_moment,
+                    special=True,
+                    oracle=variant != "algorithm 1",
+                    options=options,
+                    other_options=other_options,
+                )

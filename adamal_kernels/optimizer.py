@@ -1,0 +1,340 @@
+"""The optimizers: groups, state, closures and checkpoints; they know no kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from .checkpoint import merge_groups, merge_state, saved_group
+from .options import check_options, read_options
+from .plan import Plan, check_parameter
+from .projections import Projection
+
+__all__ = ["Adam", "AdamAL", "AdamALW", "AdamW"]
+
+
+class _AdamBase(Optimizer):
+    """Everything the optimizers share; the signature of :class:`torch.optim.Adam` and more."""
+
+    _monotone: ClassVar[bool]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        bias_correction: bool = True,
+        projection: Projection | None = None,
+        backend: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "bias_correction": bias_correction,
+            "projection": projection,
+            "backend": backend,
+        }
+        self._plan = Plan()
+        check_options(defaults, optimizer=type(self).__name__, monotone=self._monotone)
+        super().__init__(params, defaults)
+
+    @property
+    def backends_used(self) -> tuple[str, ...]:
+        """Names of the backends that :meth:`step` uses; empty before the first step."""
+        return self._plan.backends_used
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; see :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: an option of the group, or a parameter's
+                type, cannot be used; the group is not added then.
+            RuntimeError: the group's named backend cannot run on a parameter's device.
+        """
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        try:
+            options = self._options(self.param_groups[index])
+            for i, param in enumerate(self.param_groups[index]["params"]):
+                check_parameter(param, options, f"params[{i}] of group {index}")
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss; called once, with gradients
+                enabled.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError, TypeError, ValueError, NotImplementedError: an option, a gradient or a
+                state tensor cannot be used; no parameter and no state has been changed then.
+        """
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise NotImplementedError(
+                f"{type(self).__name__}.step() in a CUDA graph needs capturable=True, which is not "
+                "implemented yet; step outside the graph"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._plan.step(self.param_groups, self.state, self._options)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state: tensors, numbers, strings, lists and dicts only.
+
+        The keys are those of :class:`torch.optim.Adam`, which can load it. A projection is saved
+        as a dict. See :meth:`torch.optim.Optimizer.state_dict`.
+        """
+        saved = super().state_dict()
+        saved["param_groups"] = [saved_group(group) for group in saved["param_groups"]]
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this optimizer or of :class:`torch.optim.Adam`.
+
+        Unlike torch's, it casts nothing (a bfloat16 parameter's float32 moments stay float32) and
+        leaves the running optimizer's ``backend``, ``fused`` and ``foreach`` as they are. Tensors
+        are copied, onto their parameters' devices.
+
+        Raises:
+            ValueError, TypeError: groups or shapes differ from the optimizer's, or an option in
+                the checkpoint is not for this optimizer; nothing has been changed then.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        saved_groups = state_dict["param_groups"]
+        groups = merge_groups(self.param_groups, saved_groups)
+        for group in groups:
+            options = self._options(group)
+            for i, param in enumerate(group["params"]):
+                check_parameter(param, options, f"load_state_dict: params[{i}]")
+        state = merge_state(
+            list(chain.from_iterable(group["params"] for group in groups)),
+            list(chain.from_iterable(group["params"] for group in saved_groups)),
+            state_dict["state"],
+        )
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over pickled or loaded groups and state, with a plan that has bound nothing."""
+        super().__setstate__(state)
+        self._plan = Plan()
+
+    def _options(self, group: dict[str, Any]) -> Any:
+        return read_options(group, optimizer=type(self).__name__, monotone=self._monotone)
+
+
+class _Decoupled(_AdamBase):
+    """The signature of :class:`torch.optim.AdamW`."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        bias_correction: bool = True,
+        projection: Projection | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            bias_correction=bias_correction,
+            projection=projection,
+            backend=backend,
+        )
+
+
+class AdamAL(_AdamBase):
+    """Adam with a second moment that never decreases, and a projected step.
+
+    Per element, with gradient ``g`` and parameter ``p``, at step ``t``::
+
+        g = g + weight_decay * p                              coupled decay
+        p = p * (1 - lr * weight_decay)                       decoupled decay
+        m = m + (1 - beta1) * (g - m)
+        v = v + (1 - beta2) * (g*g - v)  if g*g > v  else  v
+        d = sqrt(v) / sqrt(1 - beta2**t) + eps
+        p = projection(p - lr / (1 - beta1**t) * m / d)
+
+    This is Algorithm 1 of "A New Perspective in Understanding of Adam-Type Algorithms and Beyond"
+    (section 3.3), bias-corrected unless that is switched off. In closed form
+    ``v = max(v, beta2 * v + (1 - beta2) * g*g)``: AMSGrad's maximum fed back into the average, so
+    two buffers do where ``torch.optim.Adam(amsgrad=True)`` needs three. The algorithm's line 7
+    prints beta1 where equation 18 has beta2; ``betas=(b, b)`` gives the printed line. Where
+    moments and ``eps`` are all zero the paper divides 0 by 0, and here the parameter stays.
+
+    The arguments up to ``decoupled_weight_decay`` are those of :class:`torch.optim.Adam`, in its
+    order. Every option may differ from group to group.
+
+    Args:
+        params: parameters, named parameters or param groups, as for every torch optimizer. Types
+            float32, float64, bfloat16 and float16, and complex ones as pairs of reals; any
+            device, shape and strides. Gradients have the parameter's type; with ``p.grad_dtype``
+            16-bit parameters may have float32 gradients, and float32 ones 16-bit gradients.
+        lr: learning rate, ``>= 0``. A step with ``lr=0`` does not project. Default: 1e-3.
+        betas: decay rates of the two moments, each in ``[0, 1)``. Default: (0.9, 0.999).
+        eps: added to the denominator, ``>= 0``. Default: 1e-8.
+        weight_decay: ``>= 0``, added to the gradient as ``weight_decay * p``. Default: 0.
+        amsgrad: must be False: the second moment is already monotone, without a third buffer.
+        foreach: True means ``backend="foreach"``. Default: None.
+        maximize: ascend instead of descend. Default: False.
+        capturable: not implemented yet; must be False.
+        differentiable: not implemented yet; must be False.
+        fused: True demands a fused backend (cuda, triton or cpu); False together with
+            ``foreach=False`` means ``backend="reference"``. Default: None.
+        decoupled_weight_decay: multiply ``p`` by ``1 - lr * weight_decay`` instead of adding to
+            the gradient. Default: False.
+        bias_correction: divide the moments by ``1 - beta**t``. Default: True.
+        projection: a set such as :class:`~adamal_kernels.Box` or
+            :class:`~adamal_kernels.NonNegative` that every step projects onto. Default: None.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"foreach"`` or
+            ``"reference"``. ``"auto"`` takes the fastest that can run on each parameter's device,
+            and warns once where that is not the first choice; a named one is never replaced.
+            Default: ``"auto"``.
+
+    State per parameter: ``step`` (float32 scalar on the CPU), ``exp_avg`` and ``exp_avg_sq``
+    (float64 for float64 parameters, else float32; laid out as the parameter).
+
+    Raises:
+        TypeError, ValueError: an option is of a wrong type, out of range or contradicts another,
+            or a parameter's type is not supported.
+        NotImplementedError: ``capturable``, ``differentiable``, or a Tensor for ``lr`` or a beta.
+        RuntimeError: the named backend cannot run here; the message says what would make it run.
+
+    Example:
+        >>> import torch
+        >>> from adamal_kernels import AdamAL, Box
+        >>> p = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
+        >>> optimizer = AdamAL([p], lr=0.5, projection=Box(-1, 1), backend="reference")
+        >>> p.square().sum().backward()
+        >>> optimizer.step()
+        >>> p.detach()
+        tensor([ 0.5000, -0.5000])
+    """
+
+    _monotone = True
+
+
+class AdamALW(_Decoupled, AdamAL):
+    """:class:`AdamAL` with decoupled weight decay; the signature of :class:`torch.optim.AdamW`.
+
+    Args:
+        params, lr, betas, eps, amsgrad, maximize, foreach, capturable, differentiable, fused,
+            bias_correction, projection, backend: see :class:`AdamAL`.
+        weight_decay: ``p`` is multiplied by ``1 - lr * weight_decay``, ``>= 0``. Default: 1e-2.
+
+    Example:
+        >>> import torch
+        >>> from adamal_kernels import AdamALW
+        >>> p = torch.nn.Parameter(torch.tensor([2.0]))
+        >>> optimizer = AdamALW([p], lr=0.5, weight_decay=0.5, backend="reference")
+        >>> p.grad = torch.zeros(1)
+        >>> optimizer.step()
+        >>> p.detach()
+        tensor([1.5000])
+    """
+
+
+class Adam(_AdamBase):
+    """:class:`torch.optim.Adam` through the same kernels, within rounding of torch's own.
+
+    The honest partner of an A/B comparison: the same step as :class:`AdamAL` but for
+    ``v = v + (1 - beta2) * (g*g - v)``. Differs from torch's in the order of roundings, in that
+    16-bit parameters keep float32 moments, and in the additional options.
+
+    Args:
+        params, lr, betas, eps, weight_decay, foreach, maximize, capturable, differentiable, fused,
+            decoupled_weight_decay, bias_correction, projection, backend: see :class:`AdamAL`.
+        amsgrad: divide by the largest ``v`` so far, kept in a third buffer
+            ``max_exp_avg_sq`` (Reddi et al.; equation 16 of the paper). Default: False.
+
+    Example:
+        >>> import torch
+        >>> from adamal_kernels import Adam
+        >>> p = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = Adam([p], lr=0.5, amsgrad=True, backend="reference")
+        >>> p.square().sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[p])
+        ['exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'step']
+    """
+
+    _monotone = False
+
+
+class AdamW(_Decoupled, Adam):
+    """:class:`torch.optim.AdamW` through the same kernels: :class:`Adam`, decoupled decay.
+
+    Args:
+        params, lr, betas, eps, weight_decay, maximize, foreach, capturable, differentiable, fused,
+            bias_correction, projection, backend: see :class:`AdamALW`.
+        amsgrad: see :class:`Adam`.
+
+    Example:
+        >>> import torch
+        >>> from adamal_kernels import AdamW
+        >>> p = torch.nn.Parameter(torch.tensor([2.0]))
+        >>> optimizer = AdamW([p], lr=0.5, weight_decay=0.5, backend="reference")
+        >>> p.grad = torch.zeros(1)
+        >>> optimizer.step()
+        >>> p.detach()
+        tensor([1.5000])
+    """

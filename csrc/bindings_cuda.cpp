@@ -1,0 +1,15 @@
+// The module adamal_kernels._cuda: the CUDA kernels, for the plans of adamal_kernels._C.
+#include <pybind11/pybind11.h>
+
+#include "cuda_api.h"
+
+namespace py = pybind11;
+
+namespace {
+adamal::CudaApi api{&adamal::step_cuda, &adamal::upload_cuda};
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of adamal_kernels.";
+  m.attr("api") = py::capsule(&api, adamal::kCudaApiCapsule);
+}

@@ -1,0 +1,74 @@
+// What one step of one bucket works on, as plain pointers.
+#pragma once
+
+#include <cstdint>
+
+#include "adamal_math.h"
+#include "dtypes.h"
+
+namespace adamal {
+
+// Addresses of a tensor's first element; element i of each belongs to element i of the others.
+struct TensorEntry {
+  void* param;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;  // nullptr unless amsgrad
+  int64_t numel;
+};
+
+inline bool operator==(const TensorEntry& a, const TensorEntry& b) {
+  return a.param == b.param && a.exp_avg == b.exp_avg && a.exp_avg_sq == b.exp_avg_sq &&
+         a.max_exp_avg_sq == b.max_exp_avg_sq && a.numel == b.numel;
+}
+
+// Elements [chunk * n, (chunk + 1) * n) of a tensor, where n is the backend's chunk size.
+struct WorkItem {
+  uint32_t tensor;
+  uint32_t chunk;
+};
+
+// Work items are sorted by tensor, and hold every chunk of every tensor in order.
+struct Bucket {
+  int pair;  // index into kDtypePairs
+  SecondMoment second_moment;
+  const TensorEntry* tensors;
+  int64_t tensor_count;
+  const WorkItem* items;
+  int64_t item_count;
+  const void* const* grads;  // per tensor; nullptr: no gradient in this step, nothing changes
+  const uint32_t* rows;      // per tensor: its row of scalars; not read where there is no gradient
+  const StepScalars<double>* scalars;
+  int64_t scalar_count;
+};
+
+// What selects a kernel, as types.
+template <SecondMoment kMoment, typename ParamType, typename GradType>
+struct KernelKey {
+  static constexpr SecondMoment kSecondMoment = kMoment;
+  using Param = ParamType;
+  using Grad = GradType;
+};
+
+// Calls `call(KernelKey<...>{})` for the bucket's pair and second moment; false if there is none.
+template <typename Call>
+bool dispatch(const Bucket& bucket, Call&& call) {
+#define ADAMAL_CASE(second_moment, param, grad)                  \
+  case SecondMoment::second_moment:                              \
+    call(KernelKey<SecondMoment::second_moment, param, grad>{}); \
+    return true;
+#define ADAMAL_PAIR_CASE(index, param, grad) \
+  case index:                                \
+    switch (bucket.second_moment) {          \
+      ADAMAL_CASE(monotone, param, grad)     \
+      ADAMAL_CASE(plain, param, grad)        \
+      ADAMAL_CASE(amsgrad, param, grad)      \
+    }                                        \
+    return false;
+  switch (bucket.pair) { ADAMAL_DTYPE_PAIRS(ADAMAL_PAIR_CASE) }
+  return false;
+#undef ADAMAL_PAIR_CASE
+#undef ADAMAL_CASE
+}
+
+}  // namespace adamal

@@ -1,0 +1,85 @@
+// A plan: a bucket of tensors bound once, compared on every step, bound anew where it changed.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
+#include <c10/core/Stream.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cuda_api.h"
+#include "step.h"
+
+namespace adamal {
+
+// The table of a bucket's tensors and its work items, on one device.
+class Plan {
+ public:
+  // `chunk` is the number of elements a work item covers.
+  Plan(int pair, SecondMoment second_moment, c10::Device device, int64_t chunk)
+      : pair_(pair), second_moment_(second_moment), device_(device), chunk_(chunk) {}
+  virtual ~Plan() = default;
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  // Binds the tensors of the next steps. What is compared with the last binding is what kernels
+  // read, addresses and sizes: a table that compares equal is right whoever owns the tensors now.
+  void bind(const std::vector<TensorEntry>& tensors);
+
+  // Steps the bound tensors: tensor i by scalars[rows[i]], or not at all where grads[i] is null.
+  void step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
+            const StepScalars<double>* scalars, int64_t scalar_count);
+
+  DtypePair dtypes() const { return kDtypePairs[pair_]; }
+  SecondMoment second_moment() const { return second_moment_; }
+  c10::Device device() const { return device_; }
+  const std::vector<TensorEntry>& tensors() const { return tensors_; }
+
+ protected:
+  const std::vector<WorkItem>& items() const { return items_; }
+
+ private:
+  virtual void on_bound() = 0;
+  virtual void launch(const Bucket& bucket) = 0;
+
+  int pair_;
+  SecondMoment second_moment_;
+  c10::Device device_;
+  int64_t chunk_;
+  std::vector<TensorEntry> tensors_;
+  std::vector<WorkItem> items_;
+};
+
+// Steps over torch's CPU threads.
+class CpuPlan : public Plan {
+ public:
+  CpuPlan(int pair, SecondMoment second_moment)
+      : Plan(pair, second_moment, c10::Device(c10::kCPU), kCpuChunk) {}
+
+ private:
+  void on_bound() override;
+  void launch(const Bucket& bucket) override;
+
+  std::vector<int64_t> cost_before_;  // of item i: that of all items before it
+};
+
+// Steps on the device's current stream. A copy of the tables is kept on the device.
+class CudaPlan : public Plan {
+ public:
+  CudaPlan(int pair, SecondMoment second_moment, c10::Device device, const CudaApi& api)
+      : Plan(pair, second_moment, device, cuda_chunk(pair)), api_(api) {}
+
+ private:
+  void on_bound() override { uploaded_ = false; }
+  void launch(const Bucket& bucket) override;
+  void upload(const Bucket& bucket, c10::Stream stream);
+
+  CudaApi api_;
+  bool uploaded_ = false;
+  at::Tensor table_;  // bytes: the tensor entries, then the work items
+  std::optional<c10::Stream> allocation_stream_;
+};
+
+}  // namespace adamal

@@ -1,0 +1,126 @@
+// An optimizer as it was last checked: a step that finds it unchanged does no Python work.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <unordered_map>
+#include <vector>
+
+#include "plan.h"
+
+namespace adamal {
+
+// Where a parameter that has state is stepped: indices into the plans and the options.
+struct Membership {
+  size_t plan;
+  size_t options;
+};
+
+// The options of one param group for parameters of one type, with bounds rounded to that type.
+struct BoundOptions {
+  size_t group;
+  StepOptions step;
+};
+
+// Every step reads the groups, options, parameters, gradients, state tensors and step counts
+// anew and compares them with what was checked. A changed learning rate, beta, eps or weight decay
+// is taken over; gradients may come, go and move. Whatever else differs is the caller's to check
+// and to bind anew, so nothing is ever stale.
+class SteadyState {
+ public:
+  // `members` has an entry for every parameter in the groups' order, nullopt for those without
+  // state. `steps` holds the step counts of the others in that order, and each one's
+  // state[p]["step"] is a view of it.
+  SteadyState(const pybind11::list& groups, const pybind11::dict& state,
+              const std::vector<std::optional<Membership>>& members,
+              std::vector<BoundOptions> options, std::vector<std::shared_ptr<Plan>> plans,
+              at::Tensor steps);
+
+  // Hands the plans the tensors' addresses; false if some tensor is no ordinary one: then this
+  // cannot be used. To be called once, before the first step.
+  bool bind(const pybind11::handle& state);
+
+  // Steps every parameter that has a gradient, or returns false and has changed nothing.
+  bool step(const pybind11::handle& groups, const pybind11::handle& state);
+
+  size_t plan_count() const { return plans_.size(); }
+  // Distinct rows of scalars in the last step.
+  size_t row_count() const { return scalars_.size(); }
+
+ private:
+  // What a change of a group's item means to the next step.
+  enum class Item { lr, betas, eps, weight_decay, params, fixed, ignored };
+  struct GroupItem {
+    Item item;
+    pybind11::object key;
+    pybind11::object value;  // immutable, or not compared
+  };
+  struct Group {
+    pybind11::dict dict;
+    std::vector<GroupItem> items;  // in the dict's order
+    size_t first_param;
+    size_t param_count;
+    size_t first_options;
+    size_t options_count;
+  };
+  struct Param {
+    pybind11::object object;  // held, so that its address cannot become another's
+    int64_t member;           // -1: without state
+  };
+  struct Member {
+    PyObject* param;
+    uint32_t plan;
+    uint32_t slot;  // in the plan
+    uint32_t options;
+    bool is_complex;
+  };
+  struct StateEntry {
+    PyObject* key;
+    int64_t member;  // -1: no parameter of ours
+  };
+  // What the steps of a plan need besides the plan.
+  struct PlanStep {
+    std::shared_ptr<Plan> plan;
+    at::ScalarType param_types[2];  // of real parameters and of complex ones
+    at::ScalarType grad_types[2];
+    at::ScalarType moment_types[2];
+    std::vector<const void*> grads;
+    std::vector<uint32_t> rows;
+    bool has_grads;
+  };
+  struct LastRow {
+    int64_t step;
+    uint32_t row;
+  };
+
+  static Item classify(const pybind11::handle& key);
+  bool check_groups(PyObject* groups);
+  bool check_items(Group& group);
+  bool take_over(const Group& group, Item item, PyObject* value);
+  bool check_params(const Group& group, PyObject* params) const;
+  bool check_state(PyObject* state);
+  // Reads a member's tensors; the entry is nullopt where one is not as it was checked.
+  std::optional<TensorEntry> read_member(const Member& member, size_t index, PyObject* values,
+                                         const void** grad);
+  void find_rows();
+  uint32_t row_of(size_t options, int64_t step);
+
+  std::vector<Param> params_;
+  std::vector<Group> groups_;
+  std::vector<Member> members_;
+  std::vector<StateEntry> state_;
+  std::vector<BoundOptions> options_;
+  std::vector<PlanStep> plans_;
+  at::Tensor steps_;
+  float* counts_;
+
+  std::vector<StepScalars<double>> scalars_;  // of this step
+  std::vector<LastRow> last_rows_;            // by options
+  std::unordered_map<uint64_t, uint32_t> rows_;
+};
+
+}  // namespace adamal

@@ -1,0 +1,44 @@
+// One step of one bucket on each native backend.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "bucket.h"
+#include "dtypes.h"
+
+namespace adamal {
+
+// Elements a work item covers on the CPU: a chunk's streams stay within a core's L2 cache and leave
+// enough items to balance.
+inline constexpr int64_t kCpuChunk = 16384;
+
+// A CUDA work item is a block, each of whose threads holds 32 bytes of every moment in registers:
+// enough loads in flight to hide the memory's latency, few enough to keep several blocks resident.
+inline constexpr int kCudaBlockThreads = 256;
+template <typename T>
+inline constexpr int kCudaThreadElements = 32 / sizeof(T);
+template <typename T>
+inline constexpr int64_t kCudaChunk = kCudaBlockThreads * kCudaThreadElements<T>;
+
+// Elements a CUDA work item covers.
+constexpr int64_t cuda_chunk(int pair) {
+  return kDtypePairs[pair].param == Dtype::float64 ? kCudaChunk<double> : kCudaChunk<float>;
+}
+
+// Steps the work items [first_item, last_item), serially; disjoint ranges may run in parallel.
+void step_cpu(const Bucket& bucket, int64_t first_item, int64_t last_item);
+
+// Enqueues the step of a whole bucket on `stream` (a cudaStream_t) of `device`. `bucket` is the
+// host's view: its tables lie in host memory, the tensors and gradients they point to on the
+// device; `device_tensors` and `device_items` are copies of its tables on the device. Returns
+// nullptr, or what went wrong (a static string).
+const char* step_cuda(const Bucket& bucket, const TensorEntry* device_tensors,
+                      const WorkItem* device_items, int device, void* stream);
+
+// Enqueues a copy of host memory, which may be reused on return, to device memory of `device`.
+// Returns as step_cuda does.
+const char* upload_cuda(void* device_memory, const void* host_memory, size_t bytes, int device,
+                        void* stream);
+
+}  // namespace adamal

@@ -1,0 +1,69 @@
+// The CPU step: the plain loop over the element function, vectorised by the compiler.
+#include <algorithm>
+
+#include "step.h"
+#include "storage.h"
+
+// One source, one clone a vector width. The sanitizers are left out because their runtime is not
+// up yet when the dynamic linker picks a clone.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    __GNUC__ >= 12 && !defined(__SANITIZE_ADDRESS__)
+#define ADAMAL_MULTIVERSIONED \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define ADAMAL_MULTIVERSIONED
+#endif
+
+namespace adamal {
+namespace {
+
+template <SecondMoment kSecondMoment, typename Param, typename Grad, typename T>
+ADAMAL_MULTIVERSIONED void step_span(Param* __restrict param, const Grad* __restrict grad,
+                                     T* __restrict exp_avg, T* __restrict exp_avg_sq,
+                                     T* __restrict max_exp_avg_sq, int64_t count,
+                                     const StepScalars<T>& shared_scalars) {
+  // A copy: through the reference, the stores below might change it.
+  const StepScalars<T> scalars = shared_scalars;
+  for (int64_t i = 0; i < count; ++i) {
+    Element<T> e{decode(param[i]), exp_avg[i], exp_avg_sq[i], T(0)};
+    if constexpr (kSecondMoment == SecondMoment::amsgrad) e.max_exp_avg_sq = max_exp_avg_sq[i];
+    e = step_element<kSecondMoment>(e, static_cast<T>(decode(grad[i])), scalars);
+    param[i] = encode<Param>(e.param);
+    exp_avg[i] = e.exp_avg;
+    exp_avg_sq[i] = e.exp_avg_sq;
+    if constexpr (kSecondMoment == SecondMoment::amsgrad) max_exp_avg_sq[i] = e.max_exp_avg_sq;
+  }
+}
+
+template <SecondMoment kSecondMoment, typename Param, typename Grad>
+void step_items(const Bucket& bucket, int64_t first_item, int64_t last_item) {
+  using T = ComputeType<Param>;
+  for (int64_t i = first_item; i < last_item; ++i) {
+    const WorkItem item = bucket.items[i];
+    const void* grad = bucket.grads[item.tensor];
+    if (grad == nullptr) continue;
+    const TensorEntry& tensor = bucket.tensors[item.tensor];
+    const int64_t offset = item.chunk * kCpuChunk;
+    T* max_exp_avg_sq = nullptr;
+    if constexpr (kSecondMoment == SecondMoment::amsgrad) {
+      max_exp_avg_sq = static_cast<T*>(tensor.max_exp_avg_sq) + offset;
+    }
+    step_span<kSecondMoment>(
+        static_cast<Param*>(tensor.param) + offset, static_cast<const Grad*>(grad) + offset,
+        static_cast<T*>(tensor.exp_avg) + offset, static_cast<T*>(tensor.exp_avg_sq) + offset,
+        max_exp_avg_sq, std::min(kCpuChunk, tensor.numel - offset),
+        StepScalars<T>(bucket.scalars[bucket.rows[item.tensor]]));
+  }
+}
+
+}  // namespace
+
+void step_cpu(const Bucket& bucket, int64_t first_item, int64_t last_item) {
+  dispatch(bucket, [&](auto kernel) {
+    using Kernel = decltype(kernel);
+    step_items<Kernel::kSecondMoment, typename Kernel::Param, typename Kernel::Grad>(
+        bucket, first_item, last_item);
+  });
+}
+
+}  // namespace adamal

@@ -1,0 +1,105 @@
+// The CUDA step: the launches of a bucket. Includes no torch header, and so compiles in seconds.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <limits>
+
+#include "launch_params.h"
+#include "multi_tensor.h"
+#include "step.h"
+
+#if CUDART_VERSION < 12010
+#error "adamal_kernels needs CUDA 12.1 or newer: its launches carry up to 32764 bytes of parameters"
+#endif
+
+namespace adamal {
+namespace {
+
+// Resident blocks a multiprocessor must hold, which caps the registers: without it ptxas aims at 64
+// registers and spills, with one more block as well. float64 and a third moment need more of them.
+template <SecondMoment kSecondMoment, typename T>
+constexpr int kResidentBlocks =
+    sizeof(T) == sizeof(double) || kSecondMoment == SecondMoment::amsgrad ? 2 : 3;
+
+template <SecondMoment kSecondMoment, typename Param, typename Grad, typename Params>
+__global__ void __launch_bounds__(kCudaBlockThreads,
+                                  kResidentBlocks<kSecondMoment, ComputeType<Param>>)
+    adamal_step(const __grid_constant__ Params params) {
+  step_block<kSecondMoment, Param, Grad>(params, blockIdx.x, threadIdx.x);
+}
+
+// Makes a device current for a scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : device_(device) {
+    error_ = cudaGetDevice(&previous_);
+    if (error_ == cudaSuccess && previous_ != device_) error_ = cudaSetDevice(device_);
+  }
+  ~DeviceGuard() {
+    if (error_ == cudaSuccess && previous_ != device_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  cudaError_t error() const { return error_; }
+
+ private:
+  int device_;
+  int previous_ = 0;
+  cudaError_t error_;
+};
+
+template <typename Key, typename Params>
+cudaError_t launch(const Params& params, int64_t block_count, cudaStream_t stream) {
+  adamal_step<Key::kSecondMoment, typename Key::Param, typename Key::Grad>
+      <<<static_cast<unsigned>(block_count), kCudaBlockThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+template <typename Key>
+cudaError_t launch_all(const Bucket& bucket, const TensorEntry* device_tensors,
+                       const WorkItem* device_items, cudaStream_t stream) {
+  using T = ComputeType<typename Key::Param>;
+  using Small = SmallLaunchParams<T>;
+  LaunchSplitter<T> splitter(bucket, device_tensors, device_items);
+  LargeLaunchParams<T> params;
+  while (splitter.next(&params)) {
+    const cudaError_t error =
+        splitter.template fits<Small>()
+            ? launch<Key>(splitter.template shrink<Small>(params), splitter.block_count(), stream)
+            : launch<Key>(params, splitter.block_count(), stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+const char* step_cuda(const Bucket& bucket, const TensorEntry* device_tensors,
+                      const WorkItem* device_items, int device, void* stream) {
+  if (bucket.item_count > std::numeric_limits<int32_t>::max()) {
+    return "a bucket of more than 2^31 - 1 chunks exceeds a CUDA grid: split its parameters over "
+           "several optimizers";
+  }
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return cudaGetErrorString(guard.error());
+  cudaError_t error = cudaSuccess;
+  const bool known = dispatch(bucket, [&](auto key) {
+    error = launch_all<decltype(key)>(bucket, device_tensors, device_items,
+                                      static_cast<cudaStream_t>(stream));
+  });
+  if (!known) return "no kernel for this pair of types and second moment";
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* upload_cuda(void* device_memory, const void* host_memory, size_t bytes, int device,
+                        void* stream) {
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return cudaGetErrorString(guard.error());
+  // Pageable host memory is staged before the call returns.
+  const cudaError_t error = cudaMemcpyAsync(
+      device_memory, host_memory, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace adamal

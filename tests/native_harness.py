@@ -1,0 +1,278 @@
+"""Builds and drives the native harness: the kernels on the host, under sanitizers, without torch.
+
+The kernels are those of ``csrc``, or of the folder that ``ADAMAL_TEST_CSRC`` names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adamal_kernels.hyperparameters import StepScalars
+
+Array = npt.NDArray[Any]
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = Path(os.environ.get("ADAMAL_TEST_CSRC", ROOT / "csrc")).resolve()
+HARNESS_SOURCE = ROOT / "tests" / "native" / "harness.cpp"
+BUILD_DIR = ROOT / "build" / "native_harness"
+
+COMMON_FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-ffp-contract=off")
+SANITIZER_FLAGS = (
+    "-O1",
+    "-g1",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+)
+FAST_FLAGS = ("-O1",)
+
+STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+"""The streams of a tensor, in the harness's order."""
+
+
+class HarnessError(RuntimeError):
+    """The harness stopped: a sanitizer's report, a trapped access, or a bad case."""
+
+
+class Command(IntEnum):
+    """What the harness can be asked; the codes of ``Command`` in ``harness.cpp``."""
+
+    INFO = 0
+    DECODE = 1
+    ENCODE = 2
+    SCALARS = 3
+    STEP_CPU = 4
+    STEP_CUDA = 5
+
+
+@dataclass
+class TensorCase:
+    """One tensor of a bucket. 16-bit types are uint16 arrays of their bits."""
+
+    param: Array
+    grad: Array | None
+    """None: no gradient in this step."""
+    exp_avg: Array
+    exp_avg_sq: Array
+    max_exp_avg_sq: Array | None = None
+    """None unless the second moment is AMSGRAD."""
+    row: int = 0
+    misaligned: dict[str, int] = field(default_factory=dict)
+    """Stream -> elements its first one lies behind a 64-byte boundary; 0 if not named."""
+    read_only: frozenset[str] = frozenset()
+    """Streams that a store to traps."""
+
+
+@dataclass
+class StepCase:
+    """One step of one bucket."""
+
+    pair: int
+    second_moment: int
+    scalars: Sequence[StepScalars]
+    tensors: list[TensorCase]
+    seed: int = 0
+    """Of the order of items, blocks and threads."""
+
+
+@dataclass
+class StepResult:
+    """The tensors after a step; ``grad`` is that of the case."""
+
+    tensors: list[TensorCase]
+    launches: int = 0
+    small_launches: int = 0
+
+
+@dataclass
+class Capacity:
+    """What the parameters of a launch hold."""
+
+    bytes: int
+    tensors: int
+    rows: int
+
+
+@dataclass
+class Info:
+    """The constants the kernels were compiled with."""
+
+    cpu_chunk: int
+    pairs: list[tuple[int, int]]
+    """Codes of the parameter's and of the gradient's type."""
+    cuda_chunks: list[int]
+    """Of each pair."""
+    small: tuple[Capacity, Capacity]
+    """Computing in float32, float64."""
+    large: tuple[Capacity, Capacity]
+
+
+def build_harness(csrc: Path = CSRC, *, sanitize: bool = True) -> Harness:
+    """Build the harness from the kernels in ``csrc``, unless the same one has been built before.
+
+    Args:
+        csrc: Folder of the kernels.
+        sanitize: Build with address and undefined-behaviour sanitizers. Without them the build
+            takes half the time.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    flags = (*COMMON_FLAGS, *(SANITIZER_FLAGS if sanitize else FAST_FLAGS))
+    sources = (HARNESS_SOURCE, csrc / "step_cpu.cpp")
+    digest = hashlib.sha256(repr((compiler, flags)).encode())
+    for path in (*sources, *sorted(csrc.glob("*.h"))):
+        digest.update(path.read_bytes())
+    executable = BUILD_DIR / f"harness-{digest.hexdigest()[:16]}"
+    if not executable.exists():
+        _compile([compiler, *flags, f"-I{csrc}"], sources, executable)
+    return Harness(executable)
+
+
+def _compile(command: list[str], sources: Iterable[Path], executable: Path) -> None:
+    executable.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=executable.parent) as folder:
+        objects = [f"{folder}/{source.stem}.o" for source in sources]
+        compilers = [
+            subprocess.Popen(
+                [*command, "-c", str(source), "-o", target], stderr=subprocess.PIPE, text=True
+            )
+            for source, target in zip(sources, objects, strict=True)
+        ]
+        errors = [compiler.communicate()[1] for compiler in compilers]
+        if any(compiler.returncode for compiler in compilers):
+            raise HarnessError("the harness does not compile:\n" + "".join(errors))
+        linked = f"{folder}/harness"
+        subprocess.run([*command, *objects, "-o", linked], check=True)
+        shutil.move(linked, executable)
+
+
+class Harness:
+    """A built harness; every method is one run of it over many cases."""
+
+    def __init__(self, executable: Path) -> None:
+        self.executable = executable
+
+    def info(self) -> Info:
+        """Return the constants the kernels were compiled with."""
+        values = np.frombuffer(self._run(_integers(Command.INFO)), np.int64).tolist()
+        cpu_chunk, *pairs = values[:-12]
+        capacities = [Capacity(*values[i : i + 3]) for i in range(len(values) - 12, len(values), 3)]
+        return Info(
+            cpu_chunk=cpu_chunk,
+            pairs=list(zip(pairs[0::3], pairs[1::3], strict=True)),
+            cuda_chunks=pairs[2::3],
+            small=(capacities[0], capacities[1]),
+            large=(capacities[2], capacities[3]),
+        )
+
+    def decode(self, dtype: int, bits: Array) -> Array:
+        """Return the float32 values of 16-bit patterns of the type with code ``dtype``."""
+        head = _integers(Command.DECODE, dtype, bits.size)
+        return np.frombuffer(self._run(head + bits.astype(np.uint16).tobytes()), np.float32).copy()
+
+    def encode(self, dtype: int, values: Array) -> Array:
+        """Return the 16-bit patterns that float32 values are stored as."""
+        head = _integers(Command.ENCODE, dtype, values.size)
+        return np.frombuffer(
+            self._run(head + values.astype(np.float32).tobytes()), np.uint16
+        ).copy()
+
+    def derive_step_scalars(self, options: Sequence[dict[str, Any]]) -> Array:
+        """Return the rows of ``derive_step_scalars(**options[i])``, float64."""
+        payload = _integers(Command.SCALARS, len(options))
+        for o in options:
+            numbers = ("lr", "beta1", "beta2", "eps", "weight_decay", "lower", "upper")
+            flags = ("decoupled_weight_decay", "maximize", "bias_correction")
+            payload += struct.pack("<q7d", o["step"], *(o[name] for name in numbers))
+            payload += _integers(*(o[name] for name in flags))
+        return np.frombuffer(self._run(payload), np.float64).reshape(len(options), -1)
+
+    def step_cpu(self, cases: Sequence[StepCase]) -> list[StepResult]:
+        """Step every case with ``step_cpu``: ranges of items in random order."""
+        return self._step(Command.STEP_CPU, cases)
+
+    def step_cuda(self, cases: Sequence[StepCase]) -> list[StepResult]:
+        """Step every case with the CUDA walk: blocks and threads in random order."""
+        return self._step(Command.STEP_CUDA, cases)
+
+    def _step(self, command: Command, cases: Sequence[StepCase]) -> list[StepResult]:
+        output = self._run(b"".join(part for case in cases for part in _step_input(command, case)))
+        offset = 0
+
+        def take(like: Array | None) -> Array | None:
+            nonlocal offset
+            if like is None:
+                return None
+            array = np.frombuffer(output, like.dtype, like.size, offset).copy()
+            offset += array.nbytes
+            return array
+
+        results = []
+        for case in cases:
+            counts = [0, 0]
+            if command == Command.STEP_CUDA:
+                counts = np.frombuffer(output, np.int64, 2, offset).tolist()
+                offset += 16
+            tensors = [
+                TensorCase(
+                    take(tensor.param),
+                    tensor.grad,
+                    take(tensor.exp_avg),
+                    take(tensor.exp_avg_sq),
+                    take(tensor.max_exp_avg_sq),
+                )
+                for tensor in case.tensors
+            ]
+            results.append(StepResult(tensors, *counts))
+        assert offset == len(output)
+        return results
+
+    def _run(self, payload: bytes) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder, "input"), Path(folder, "output")
+            source.write_bytes(payload)
+            done = subprocess.run(
+                [self.executable, source, target],
+                capture_output=True,
+                text=True,
+                # The leak check needs ptrace, which containers often forbid.
+                env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
+            )
+            if done.returncode != 0:
+                raise HarnessError(f"exit status {done.returncode}\n{done.stderr}")
+            return target.read_bytes()
+
+
+def _integers(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}q", *values)
+
+
+def _step_input(command: Command, case: StepCase) -> Iterable[bytes]:
+    yield _integers(
+        command, case.seed, case.pair, case.second_moment, len(case.scalars), len(case.tensors)
+    )
+    yield np.array(case.scalars, np.float64).tobytes()
+    for tensor in case.tensors:
+        streams = [getattr(tensor, name) for name in STREAMS]
+        yield _integers(
+            tensor.param.size,
+            tensor.row,
+            *(stream is not None for stream in streams),
+            *(tensor.misaligned.get(name, 0) for name in STREAMS),
+            *(name in tensor.read_only for name in STREAMS),
+        )
+        for stream in streams:
+            if stream is not None:
+                yield stream.tobytes()

@@ -1,0 +1,77 @@
+"""What the tests share: the backends usable here, and the check of a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.optim import Optimizer
+
+from adamal_kernels.backends import BACKENDS
+from adamal_kernels.bucket import BucketKey, SecondMoment
+from adamal_kernels.dtypes import DtypePair
+from adamal_kernels.verify import devices, same_bits
+
+
+class Place(NamedTuple):
+    """A backend, and a device that it can step parameters on."""
+
+    device: torch.device
+    backend: str
+
+    def skip_unless_supported(
+        self, dtypes: DtypePair, second_moment: SecondMoment = SecondMoment.MONOTONE
+    ) -> None:
+        """Skip the test where the backend leaves out this kind of bucket, and say why."""
+        key = BucketKey(self.device, dtypes, second_moment)
+        if reason := BACKENDS[self.backend].unsupported(key):
+            pytest.skip(f"{self.backend}: {reason}")
+
+
+def _param(value: Any, device: torch.device, name: str) -> Any:
+    return pytest.param(value, id=name, marks=[pytest.mark.gpu] if device.type == "cuda" else [])
+
+
+DEVICES = [_param(device, device, device.type) for device in devices()]
+
+PLACES = [
+    _param(Place(device, name), device, f"{name}-{device.type}")
+    for device in devices()
+    for name, backend in BACKENDS.items()
+    if backend.unavailable(device) is None
+]
+
+
+def name_of(dtypes: DtypePair) -> str:
+    """Return a short name of a pair of types, for test ids."""
+    return "-".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+@contextmanager
+def refused(optimizer: Optimizer, error: type[Exception], *words: str) -> Iterator[None]:
+    """Check that the body raises ``error`` with all ``words``, the optimizer left as it was."""
+    groups, values = _snapshot(optimizer)
+    with pytest.raises(error) as caught:
+        yield
+    message = str(caught.value)
+    assert [word for word in words if word not in message] == [], message
+    groups_after, values_after = _snapshot(optimizer)
+    assert groups_after == groups
+    assert values_after.keys() == values.keys()
+    assert [name for name in values if not same_bits(values[name], values_after[name])] == []
+
+
+def _snapshot(optimizer: Optimizer) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Return an optimizer's options, and copies of its parameters and state by name."""
+    groups, values = [], {}
+    for g, group in enumerate(optimizer.param_groups):
+        groups.append({**group, "params": [id(param) for param in group["params"]]})
+        for i, param in enumerate(group["params"]):
+            held = {"param": param.detach(), **optimizer.state.get(param, {})}
+            for name, value in held.items():
+                if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+                    values[f"{g}.{i}.{name}"] = value.detach().clone()
+    return groups, values

@@ -1,0 +1,407 @@
+"""Checkpoints: what comes back, what travels to and from torch.optim.Adam, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import Place, name_of, refused
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from adamal_kernels import Adam, AdamAL, AdamW, Box, NonNegative
+from adamal_kernels.bucket import SecondMoment
+from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
+from adamal_kernels.verify import different_values, same_bits
+
+FOREACH = {"backend": "foreach"}
+
+
+def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def new_params(
+    dtypes: DtypePair = DTYPE_PAIRS[0], device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """Return parameters of several shapes and strides, the same values on every call."""
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, generator=generator) for shape in ((), (5,), (3, 4), (0,))]
+    made.append(torch.randn(6, 3, generator=generator).t())
+    made = [x.to(device, dtypes.param).requires_grad_() for x in made]
+    if dtypes.grad != dtypes.param:
+        for param in made:
+            param.grad_dtype = dtypes.grad
+    return made
+
+
+def train(optimizer: Optimizer, steps: range) -> None:
+    """Step with gradients that depend on the step's number alone; some are missing."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        for i, param in enumerate(params):
+            values = torch.randn(param.shape, generator=generator)
+            dtype = getattr(param, "grad_dtype", None) or param.dtype
+            # Laid out as the parameter: torch's fused kernel for CPUs needs it, and does not say.
+            grad = torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(values)
+            param.grad = None if (step + i) % 5 == 4 else grad
+        optimizer.step()
+
+
+def values_of(optimizer: Optimizer) -> list[dict[str, Tensor]]:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return [{"param": p.detach(), **optimizer.state.get(p, {})} for p in params]
+
+
+def copy_params(source: list[Tensor], target: list[Tensor]) -> None:
+    with torch.no_grad():
+        for theirs, ours in zip(source, target, strict=True):
+            ours.copy_(theirs)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_keys_are_torchs(amsgrad: bool) -> None:
+    saved = []
+    for cls, options in ((Adam, FOREACH), (torch.optim.Adam, {})):
+        optimizer = cls(new_params(), amsgrad=amsgrad, **options)
+        train(optimizer, range(1))
+        saved.append(optimizer.state_dict())
+    ours, theirs = saved
+    assert ours.keys() == theirs.keys()
+    assert [list(values) for values in ours["state"].values()] == [
+        list(values) for values in theirs["state"].values()
+    ]
+    assert theirs["param_groups"][0].keys() - ours["param_groups"][0].keys() == set()
+
+
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=name_of)
+@pytest.mark.parametrize("second_moment", SecondMoment, ids=lambda kind: kind.name.lower())
+def test_every_bit_returns(place: Place, second_moment: SecondMoment, dtypes: DtypePair) -> None:
+    """And the steps that follow are those of a run that was not interrupted."""
+    place.skip_unless_supported(dtypes, second_moment)
+    cls = AdamAL if second_moment is SecondMoment.MONOTONE else Adam
+    options: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "backend": place.backend}
+    if second_moment is SecondMoment.AMSGRAD:
+        options["amsgrad"] = True
+
+    def make(params: list[Tensor]) -> Optimizer:
+        groups = [
+            {"params": params[::2], "projection": Box(-0.5, 0.9)},
+            {"params": params[1::2], "projection": NonNegative(), "betas": (0.5, 0.7)},
+        ]
+        return cls(groups, **options)
+
+    params = new_params(dtypes, place.device)
+    optimizer = make(params)
+    train(optimizer, range(4))
+    saved = through_file(optimizer.state_dict())
+
+    resumed_params = new_params(dtypes, place.device)
+    copy_params(params, resumed_params)
+    # Options come from the checkpoint, too.
+    resumed = cls([{"params": resumed_params[::2]}, {"params": resumed_params[1::2]}], **FOREACH)
+    resumed.load_state_dict(saved)
+    assert different_values(values_of(resumed), values_of(optimizer)) == []
+    for ours, theirs in zip(resumed.param_groups, optimizer.param_groups, strict=True):
+        changed = {key for key in ours if key != "params" and ours[key] != theirs[key]}
+        assert changed <= {"backend"}
+        ours["backend"] = place.backend
+
+    train(optimizer, range(4, 8))
+    train(resumed, range(4, 8))
+    assert different_values(values_of(resumed), values_of(optimizer)) == []
+
+
+def test_complex_state_returns() -> None:
+    param = torch.randn(4, dtype=torch.complex64).requires_grad_()
+    optimizer = AdamAL([param], **FOREACH)
+    param.grad = torch.randn(4, dtype=torch.complex64)
+    optimizer.step()
+    other = AdamAL([param], **FOREACH)
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    assert different_values(values_of(other), values_of(optimizer)) == []
+    assert other.state[param]["exp_avg"].dtype == torch.complex64
+
+
+def test_the_loaded_state_is_a_copy() -> None:
+    optimizer = AdamAL(new_params(), **FOREACH)
+    train(optimizer, range(3))
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved["state"])
+    other = AdamAL(new_params(), **FOREACH)
+    other.load_state_dict(saved)
+    train(other, range(3, 6))
+    assert different_values(list(saved["state"].values()), list(before.values())) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": np.float64(0.1)},
+        {"lr": np.float32(0.1), "eps": np.float32(1e-8)},
+        {"betas": (np.float64(0.9), Fraction(9, 10)), "weight_decay": Fraction(1, 10)},
+        {"lr": 1, "weight_decay": 0},
+        {"betas": [0.9, 0.99]},
+        {"projection": Box(np.float64(-1), 1)},
+    ],
+    ids=str,
+)
+def test_whatever_number_was_given_is_loaded_weights_only(options: dict[str, Any]) -> None:
+    optimizer = AdamAL(new_params(), **options, **FOREACH)
+    train(optimizer, range(1))
+    saved = through_file(optimizer.state_dict())
+    other = AdamAL(new_params(), **FOREACH)
+    other.load_state_dict(saved)
+    for name, value in options.items():
+        if name == "betas":
+            value = tuple(map(float, value))
+        expected = value if isinstance(value, (Box, tuple)) else float(value)
+        assert other.param_groups[0][name] == expected
+
+
+TORCH_KINDS = {
+    "for-loop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("kind", TORCH_KINDS)
+@pytest.mark.parametrize("classes", [(Adam, torch.optim.Adam), (AdamW, torch.optim.AdamW)])
+def test_travels_from_torch_and_back(
+    place: Place, classes: tuple[type, type], kind: str, amsgrad: bool
+) -> None:
+    ours, theirs = classes
+    params, torch_params = new_params(device=place.device), new_params(device=place.device)
+    options = {"lr": 0.03, "betas": (0.8, 0.9), "weight_decay": 0.1, "amsgrad": amsgrad}
+    torchs = theirs(torch_params, **options, **TORCH_KINDS[kind])
+    train(torchs, range(3))
+
+    copy_params(torch_params, params)
+    optimizer = ours(params, backend=place.backend)
+    optimizer.load_state_dict(through_file(torchs.state_dict()))
+    assert optimizer.param_groups[0]["backend"] == place.backend
+    assert {k: optimizer.param_groups[0][k] for k in options} == options
+    assert optimizer.state[params[1]]["step"].device.type == "cpu"
+    train(optimizer, range(3, 6))
+    train(torchs, range(3, 6))
+    torch.testing.assert_close(params, torch_params)
+
+    copy_params(params, torch_params)
+    back = theirs(torch_params)
+    back.load_state_dict(through_file(optimizer.state_dict()))
+    train(optimizer, range(6, 9))
+    train(back, range(6, 9))
+    torch.testing.assert_close(params, torch_params)
+    for our, their in zip(params, torch_params, strict=True):
+        torch.testing.assert_close(dict(optimizer.state[our]), dict(back.state[their]))
+
+
+@pytest.mark.parametrize("step", [7, 7.0, torch.tensor(7), torch.tensor([7.0])], ids=repr)
+def test_old_forms_of_step(place: Place, step: Any) -> None:
+    """torch has kept it as a number, and as a tensor of one element."""
+    param = torch.ones(2, device=place.device).requires_grad_()
+    optimizer = AdamAL([param], backend=place.backend)
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {"step": step, "exp_avg": torch.zeros(2), "exp_avg_sq": torch.ones(2)}}
+    optimizer.load_state_dict(saved)
+    loaded = optimizer.state[param]["step"]
+    assert (loaded.shape, loaded.dtype, loaded.item()) == ((), torch.float32, 7)
+    param.grad = torch.ones(2, device=place.device)
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 8
+
+
+def test_sixteen_bit_moments_of_torch_become_float32() -> None:
+    dtypes = DtypePair(torch.bfloat16, torch.bfloat16)
+    params = new_params(dtypes)
+    torchs = torch.optim.Adam(params)
+    train(torchs, range(2))
+    optimizer = Adam(params, **FOREACH)
+    optimizer.load_state_dict(torchs.state_dict())
+    train(optimizer, range(2, 4))
+    assert {optimizer.state[p]["exp_avg"].dtype for p in params} == {torch.float32}
+
+
+def test_how_to_compute_is_not_overwritten() -> None:
+    saved = Adam(new_params(), lr=0.5, backend="reference").state_dict()
+    for options in ({"backend": "foreach"}, {"foreach": True}, {"fused": False}):
+        optimizer = Adam(new_params(), **options)
+        optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["lr"] == 0.5
+        assert {k: optimizer.param_groups[0][k] for k in options} == options
+    torchs = torch.optim.Adam(new_params(), fused=True).state_dict()
+    optimizer = Adam(new_params(), foreach=True)
+    optimizer.load_state_dict(torchs)
+    assert optimizer.param_groups[0]["fused"] is None
+
+
+def test_options_that_torch_lacks_stay() -> None:
+    optimizer = Adam(new_params(), projection=Box(0, 1), bias_correction=False, **FOREACH)
+    optimizer.load_state_dict(torch.optim.Adam(new_params()).state_dict())
+    assert optimizer.param_groups[0]["projection"] == Box(0, 1)
+    assert optimizer.param_groups[0]["bias_correction"] is False
+
+
+def test_named_parameters_keep_their_names() -> None:
+    model = nn.Linear(2, 2)
+    saved = AdamAL(model.named_parameters(), **FOREACH).state_dict()
+    optimizer = AdamAL(model.named_parameters(), **FOREACH)
+    optimizer.load_state_dict(through_file(saved))
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+
+
+def test_hooks_run() -> None:
+    optimizer = AdamAL(new_params(), lr=0.1, **FOREACH)
+    seen = []
+
+    def double_lr(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        groups = [{**group, "lr": 2 * group["lr"]} for group in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
+
+    optimizer.register_state_dict_pre_hook(lambda o: seen.append("saving"))
+    optimizer.register_state_dict_post_hook(lambda o, saved: seen.append("saved"))
+    optimizer.register_load_state_dict_pre_hook(double_lr)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append("loaded"))
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    assert seen == ["saving", "saved", "loaded"]
+    assert optimizer.param_groups[0]["lr"] == 0.2
+    assert saved["param_groups"][0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_distributed_checkpoint_functions(place: Place, trained: bool, flatten: bool) -> None:
+    """They step an optimizer without state once, with lr 0: parameters stay, also outside the box.
+
+    In one process; its tools address parameters by name.
+    """
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+    def make() -> tuple[nn.Module, AdamAL]:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3).to(place.device)
+        box = Box(-0.01, 0.01)
+        return model, AdamAL(model.parameters(), lr=0.1, projection=box, backend=place.backend)
+
+    model, optimizer = make()
+    if trained:
+        train(optimizer, range(3))
+    before = [param.detach().clone() for param in model.parameters()]
+    saved = through_file(get_optimizer_state_dict(model, optimizer, options=options))
+    assert all(same_bits(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+    other_model, other = make()
+    other_model.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other_model, other, saved, options=options)
+    train(optimizer, range(3, 6))
+    train(other, range(3, 6))
+    assert different_values(values_of(other), values_of(optimizer)) == []
+    assert other.param_groups[0]["projection"] == Box(-0.01, 0.01)
+
+
+def _group(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda saved: saved["param_groups"][0].update(changes)
+
+
+def _state(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda saved: saved["state"][1].update({name: value})
+
+
+REFUSED: dict[str, tuple[Callable[[dict[str, Any]], None], type[Exception], list[str]]] = {
+    "too few groups": (
+        lambda saved: saved["param_groups"].pop(),
+        ValueError,
+        ["1 param groups", "the optimizer 2", "build the optimizer"],
+    ),
+    "too many parameters": (
+        lambda saved: saved["param_groups"][0]["params"].append(99),
+        ValueError,
+        ["group 0", "4 parameters", "3 in the optimizer", "build the optimizer"],
+    ),
+    "state of an unknown parameter": (
+        lambda saved: saved["state"].update({77: saved["state"][1]}),
+        ValueError,
+        ["parameter 77", "param groups do not name"],
+    ),
+    "another shape": (
+        _state("exp_avg_sq", torch.zeros(2)),
+        ValueError,
+        ["exp_avg_sq of parameter 1", "(2,)", "another model"],
+    ),
+    "a shape that would broadcast": (
+        _state("exp_avg", torch.zeros(1, 4)),
+        ValueError,
+        ["exp_avg of parameter 1", "(1, 4)"],
+    ),
+    "step of several elements": (
+        _state("step", torch.zeros(2)),
+        ValueError,
+        ["step of parameter 1", "must be a number"],
+    ),
+    "step that is no number": (_state("step", "3"), ValueError, ["step of parameter 1", "'3'"]),
+    "negative step": (_state("step", -1), ValueError, ["step of parameter 1", "-1"]),
+    "NaN step": (_state("step", float("nan")), ValueError, ["step of parameter 1", "nan"]),
+    "infinite step": (
+        _state("step", torch.tensor(float("inf"))),
+        ValueError,
+        ["step of parameter 1", "inf"],
+    ),
+    "lr out of range": (_group(lr=-1.0), ValueError, ["lr=-1.0", "lr >= 0"]),
+    "lr a tensor": (_group(lr=torch.tensor(0.1)), NotImplementedError, ["lr as a Tensor"]),
+    "betas out of range": (_group(betas=(0.9, 1.0)), ValueError, ["betas[1]=1.0", "beta < 1"]),
+    "amsgrad": (_group(amsgrad=True), ValueError, ["amsgrad=True", "AdamAL", "leave it False"]),
+    "an unknown set": (
+        _group(projection={"set": "Ball"}),
+        ValueError,
+        ["projection", "'Ball'", "Box"],
+    ),
+    "a set that is empty": (
+        _group(projection={"set": "Box", "lo": 1.0001, "hi": 1.0002}),
+        ValueError,
+        ["projection", "torch.bfloat16", "widen"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_and_untouched(what: str) -> None:
+    spoil, error, words = REFUSED[what]
+    params = new_params(DtypePair(torch.bfloat16, torch.bfloat16))[:4]
+    optimizer = AdamAL([{"params": params[:3]}, {"params": params[3:]}], lr=0.1, **FOREACH)
+    train(optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(optimizer, range(2, 4))
+    spoil(saved)
+    with refused(optimizer, error, *words):
+        optimizer.load_state_dict(saved)
+    train(optimizer, range(4, 5))
+
+
+def test_moments_of_no_float_type_are_refused_and_untouched() -> None:
+    """At the latest by the step that would use them."""
+    optimizer = AdamAL(new_params(), **FOREACH)
+    train(optimizer, range(2))
+    saved = optimizer.state_dict()
+    saved["state"][1]["exp_avg"] = torch.zeros(5, dtype=torch.int64)
+    words = ("exp_avg", "torch.int64", "torch.float32")
+    with refused(optimizer, ValueError, *words):
+        optimizer.load_state_dict(saved)
+        train(optimizer, range(1))

@@ -1,0 +1,331 @@
+"""Installing: what is built, what is left out, what is said of it, and when it is an error.
+
+Runs setup.py in a copy of the package whose extensions are one trivial C file each, against a
+stand-in for torch and for nvcc, so that every case takes a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adamal_kernels import __version__, build_info
+
+ROOT = Path(__file__).parents[1]
+
+Recorder = Callable[..., None]
+
+MODULE = """
+#include <Python.h>
+static PyModuleDef module{{PyModuleDef_HEAD_INIT, "{name}"}};
+PyMODINIT_FUNC PyInit_{name}() {{ return PyModule_Create(&module); }}
+"""
+
+NO_TORCH = {"torch/__init__.py": "raise ModuleNotFoundError(\"No module named 'torch'\")"}
+
+
+def stand_in_torch(cuda: str | None) -> dict[str, str]:
+    """A torch, as far as setup.py looks at it."""
+    return {
+        "torch/__init__.py": f"__version__ = '9.8.7'\nclass version:\n    cuda = {cuda!r}\n",
+        "torch/utils/__init__.py": "",
+        "torch/utils/cpp_extension.py": (
+            "from setuptools import Extension as CppExtension\n"
+            "from setuptools.command.build_ext import build_ext as BuildExtension\n"
+        ),
+    }
+
+
+# Compiles the C++ sources; knows two architectures; keeps its last arguments.
+NVCC = """#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release 12.8, V12.8.93" ;;
+  --list-gpu-arch) printf 'compute_80\\ncompute_90\\n' ;;
+  *)
+    echo "$@" > "$(dirname "$0")/arguments"
+    while [ $# -gt 0 ]; do
+      case "$1" in
+        -I*) include="$include $1" ;;
+        *.cpp) sources="$sources $1" ;;
+        -o) output=$2 ;;
+      esac
+      shift
+    done
+    exec c++ -shared -fPIC $include $sources -o "$output" ;;
+esac
+"""
+
+
+@dataclass
+class Wheel:
+    """What a build made: a wheel, the extensions in it, its record, and what was said."""
+
+    name: str
+    files: list[str]
+    modules: list[str]
+    extensions: dict[str, dict[str, Any]]
+    command: str
+    said: str
+
+
+class Checkout:
+    """A copy of what a build reads, and the means to build it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tree = folder / "tree"
+        self.stand_ins = folder / "stand_ins"
+        self.nvcc = folder / "cuda" / "bin" / "nvcc"
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
+        shutil.copytree(ROOT / "adamal_kernels", self.tree / "adamal_kernels", ignore=ignored)
+        for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, self.tree)
+        (self.tree / "csrc").mkdir()
+        for path in (ROOT / "csrc").iterdir():
+            (self.tree / "csrc" / path.name).write_text("")
+        self.write_sources()
+
+    def write_sources(self, c_source: str = MODULE.format(name="_C")) -> None:
+        (self.tree / "csrc" / "bindings.cpp").write_text(c_source)
+        (self.tree / "csrc" / "bindings_cuda.cpp").write_text(MODULE.format(name="_cuda"))
+
+    def install_nvcc(self) -> None:
+        self.nvcc.parent.mkdir(parents=True)
+        self.nvcc.write_text(NVCC)
+        self.nvcc.chmod(0o755)
+
+    def run(
+        self, *arguments: str, torch: dict[str, str], **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        shutil.rmtree(self.stand_ins, ignore_errors=True)
+        for name, text in torch.items():
+            path = self.stand_ins / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ADAMAL_", "TORCH_"))}
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=self.tree,
+            env=inherited
+            | {"PYTHONPATH": str(self.stand_ins), "CUDA_HOME": str(self.nvcc.parents[1])}
+            | environment,
+            capture_output=True,
+            text=True,
+        )
+
+    def build(self, torch: dict[str, str], **environment: str) -> Wheel:
+        """Build a wheel with setup.py alone."""
+        done = self.run("setup.py", "-q", "bdist_wheel", torch=torch, **environment)
+        return self.wheel(done)
+
+    def wheel(self, done: subprocess.CompletedProcess[str]) -> Wheel:
+        """Take the wheel that a command has left in dist."""
+        assert done.returncode == 0, done.stdout + done.stderr
+        (path,) = (self.tree / "dist").glob("*.whl")
+        with zipfile.ZipFile(path) as archive:
+            files = archive.namelist()
+            record = json.loads(archive.read("adamal_kernels/_build.json"))
+        path.unlink()
+        modules = [Path(file).name.split(".")[0] for file in files if file.endswith(".so")]
+        return Wheel(path.name, files, sorted(modules), **record, said=done.stdout + done.stderr)
+
+    def error(self, torch: dict[str, str], **environment: str) -> str:
+        """Build, which must fail; return what was said."""
+        done = self.run("setup.py", "-q", "bdist_wheel", torch=torch, **environment)
+        assert done.returncode != 0, done.stdout + done.stderr
+        return done.stderr
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_without_torch_the_python_part_is_installed(checkout: Checkout) -> None:
+    pip = ("-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index")
+    wheel = checkout.wheel(checkout.run(*pip, "--wheel-dir=dist", ".", torch=NO_TORCH))
+    assert wheel.name == f"adamal_kernels-{__version__}-py3-none-any.whl"
+    assert {"adamal_kernels/py.typed", "adamal_kernels/optimizer.py"} <= set(wheel.files)
+    assert wheel.modules == []
+    assert not any("csrc" in file or "tests" in file for file in wheel.files)
+    assert wheel.command == "pip install --no-build-isolation --no-deps --force-reinstall ."
+    assert wheel.command in wheel.said
+    for name in ("_C", "_cuda"):
+        record = wheel.extensions[name]
+        assert record["built"] is False
+        assert "No module named 'torch'" in record["reason"]
+        assert f"adamal_kernels.{name}: left out: {record['reason']}" in wheel.said
+
+
+def test_a_cpu_torch_gets_the_cpu_extension(checkout: Checkout) -> None:
+    checkout.install_nvcc()
+    wheel = checkout.build(stand_in_torch(None))
+    assert wheel.modules == ["_C"]
+    assert "none-any" not in wheel.name
+    assert wheel.extensions["_C"]["built"] is True
+    assert wheel.extensions["_C"]["torch"] == "9.8.7"
+    assert "not a CUDA build" in wheel.extensions["_cuda"]["reason"]
+
+
+def test_a_cuda_torch_and_nvcc_get_both_extensions(checkout: Checkout) -> None:
+    checkout.install_nvcc()
+    wheel = checkout.build(stand_in_torch("12.8"))
+    assert wheel.modules == ["_C", "_cuda"]
+    record = wheel.extensions["_cuda"]
+    assert (record["built"], record["cuda"], record["archs"]) == (True, "12.8", ["80", "90"])
+    arguments = checkout.nvcc.with_name("arguments").read_text().split()
+    assert {"-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false"} <= set(arguments)
+    assert [argument for argument in arguments if "gencode" in argument] == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+
+
+@pytest.mark.parametrize("variable", ["ADAMAL_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"])
+def test_the_architectures_can_be_chosen(checkout: Checkout, variable: str) -> None:
+    checkout.install_nvcc()
+    cuda_torch = stand_in_torch("12.8")
+    assert checkout.build(cuda_torch).extensions["_cuda"]["archs"] == ["80", "90"]
+    wheel = checkout.build(cuda_torch, **{variable: "9.0a+PTX"})
+    assert wheel.extensions["_cuda"]["archs"] == ["90a"]
+    assert "code=sm_90a" in checkout.nvcc.with_name("arguments").read_text()
+    said = checkout.error(cuda_torch, ADAMAL_BUILD="cuda", **{variable: "8.0;7.5"})
+    assert f"does not compile for 75 ({variable}='8.0;7.5')" in said
+
+
+def test_an_extension_that_fell_away_is_not_shipped(checkout: Checkout) -> None:
+    checkout.install_nvcc()
+    assert checkout.build(stand_in_torch("12.8")).modules == ["_C", "_cuda"]
+    assert checkout.build(stand_in_torch(None)).modules == ["_C"]
+    checkout.write_sources("#error planted")
+    assert checkout.build(stand_in_torch("12.8")).modules == ["_cuda"]
+
+
+def test_in_place(checkout: Checkout) -> None:
+    build = ("setup.py", "-q", "build_ext", "--inplace")
+    package = checkout.tree / "adamal_kernels"
+    assert checkout.run(*build, torch=stand_in_torch(None)).returncode == 0
+    assert [path.name.split(".")[0] for path in package.glob("*.so")] == ["_C"]
+    command = json.loads((package / "_build.json").read_text())["command"]
+    assert command.endswith("setup.py build_ext --inplace")
+    assert checkout.run(*build, torch=NO_TORCH).returncode == 0
+    assert list(package.glob("*.so")) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "with_torch", "environment", "parts"),
+    [
+        ("cpu", NO_TORCH, {}, ("_C", "No module named 'torch'", "--no-build-isolation")),
+        ("cpu", stand_in_torch(None), {"CXX": "/nonexistent/g++"}, ("/nonexistent/g++", "CXX")),
+        ("cuda", stand_in_torch(None), {}, ("_cuda", "not a CUDA build")),
+        ("cuda", stand_in_torch("12.8"), {}, ("_cuda", "nvcc was not found", "CUDA_HOME")),
+        ("cpu,cuda", stand_in_torch("12.8"), {}, ("_cuda", "nvcc was not found")),
+    ],
+)
+def test_what_was_asked_for_by_name_is_built_or_an_error(
+    checkout: Checkout,
+    asked: str,
+    with_torch: dict[str, str],
+    environment: dict[str, str],
+    parts: tuple[str, ...],
+) -> None:
+    said = checkout.error(with_torch, ADAMAL_BUILD=asked, **environment)
+    for part in (f"ADAMAL_BUILD={asked}", *parts):
+        assert part in said
+    # The same machine, asked for nothing in particular: a message, and an installation.
+    wheel = checkout.build(with_torch, **environment)
+    assert "left out" in wheel.said
+    assert "adamal_kernels/optimizer.py" in wheel.files
+
+
+def test_a_failed_compilation(checkout: Checkout) -> None:
+    checkout.write_sources("#error planted")
+    said = checkout.error(stand_in_torch(None), ADAMAL_BUILD="cpu")
+    assert "ADAMAL_BUILD=cpu asks for adamal_kernels._C" in said
+    checkout.install_nvcc()
+    wheel = checkout.build(stand_in_torch("12.8"))
+    assert "compilation failed" in wheel.extensions["_C"]["reason"]
+    assert wheel.modules == ["_cuda"]
+
+
+@pytest.mark.parametrize("value", ["bogus", "cpu,bogus", "none,cpu", "cpu,"])
+def test_an_unknown_value_of_adamal_build_is_an_error(checkout: Checkout, value: str) -> None:
+    said = checkout.error(stand_in_torch(None), ADAMAL_BUILD=value)
+    assert f"ADAMAL_BUILD={value!r}" in said
+    assert "cpu, cuda, cpu,cuda or none" in said
+
+
+def test_none_builds_nothing(checkout: Checkout) -> None:
+    wheel = checkout.build(stand_in_torch(None), ADAMAL_BUILD="none")
+    assert wheel.modules == []
+    assert "unset ADAMAL_BUILD" in wheel.extensions["_C"]["reason"]
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """Return a function that stands a record in for the package's own."""
+    path = tmp_path / "_build.json"
+    monkeypatch.setattr(build_info, "_RECORD", path)
+    for name in ("_C", "_cuda"):
+        monkeypatch.delitem(sys.modules, f"adamal_kernels.{name}", raising=False)
+
+    def write(**record: Any) -> None:
+        path.write_text(json.dumps({"command": "the command", "extensions": {"_C": record}}))
+
+    return write
+
+
+def test_an_extension_for_another_torch_is_named_as_such(recorded: Recorder) -> None:
+    recorded(built=True, torch="1.2.3+cu99")
+    reason = build_info.why_not_importable("_C")
+    for part in ("built for torch 1.2.3+cu99", f"this is torch {torch.__version__}", "the command"):
+        assert part in reason
+
+
+def test_an_extension_for_another_python_is_named_as_such(recorded: Recorder) -> None:
+    recorded(built=True, torch=torch.__version__, python="2.7.18")
+    assert "built for Python 2.7.18" in build_info.why_not_importable("_C")
+
+
+def test_what_was_left_out_is_explained(recorded: Recorder) -> None:
+    recorded(built=False, reason="no compiler was there")
+    assert build_info.extension_record("_C").built is False
+    reason = build_info.why_not_importable("_C")
+    for part in ("_C was not built", "no compiler was there", "the command"):
+        assert part in reason
+
+
+def test_an_extension_that_does_not_import_is_explained(
+    recorded: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def undefined_symbol(module: str) -> None:
+        raise ImportError(f"{module}: undefined symbol: _Z1fv")
+
+    monkeypatch.setattr(build_info, "import_module", undefined_symbol)
+    recorded(built=True, torch=torch.__version__)
+    reason = build_info.why_not_importable("_C")
+    for part in ("cannot be imported", "undefined symbol: _Z1fv", "the command"):
+        assert part in reason
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", "{}", '{"command": 1, "extensions": {"_C": 1}}']
+)
+def test_a_missing_or_broken_record_is_explained(recorded: Recorder, content: str | None) -> None:
+    if content is not None:
+        build_info._RECORD.write_text(content)
+    record = build_info.extension_record("_C")
+    assert record.built is False
+    assert ("nothing was built" if content is None else "unreadable") in record.reason
+    assert "setup.py build_ext --inplace" in build_info.why_not_importable("_C")

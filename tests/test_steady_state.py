@@ -1,0 +1,350 @@
+"""Steps repeated by C++: taken where nothing changed, and right where anything did."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from adamal_kernels import Adam, AdamAL, Box
+from adamal_kernels import plan as plan_module
+from adamal_kernels.verify import different_values
+
+SHAPES = ((3,), (4, 5), (2, 3, 4, 5), (), (0,), (1000,))
+
+
+class Pair:
+    """Two optimizers over equal parameters: the one under test, and reference, never steady."""
+
+    def __init__(self, cls: type = AdamAL, **options: Any) -> None:
+        torch.manual_seed(0)
+        start = [torch.randn(shape) for shape in SHAPES]
+        start[2] = start[2].contiguous(memory_format=torch.channels_last)
+        self.params = [[p.clone().requires_grad_() for p in start] for _ in range(2)]
+        self.optimizers = [
+            cls(
+                [{"params": params[:4]}, {"params": params[4:], "lr": 0.05}],
+                backend=backend,
+                **options,
+            )
+            for params, backend in zip(self.params, ("cpu", "reference"), strict=True)
+        ]
+        self.taken = 0
+
+    def step(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.taken += 1
+            for params, optimizer in zip(self.params, self.optimizers, strict=True):
+                generator = torch.Generator().manual_seed(self.taken)
+                for p in params:
+                    values = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                    p.grad = torch.empty_like(p, requires_grad=False).copy_(values)
+                optimizer.step()
+
+    def both(self, change: Callable[[Any, list[torch.Tensor]], None]) -> None:
+        for params, optimizer in zip(self.params, self.optimizers, strict=True):
+            change(optimizer, params)
+
+    def assert_equal(self) -> None:
+        found, expected = (
+            [{"param": p, **optimizer.state[p]} for p in params]
+            for params, optimizer in zip(self.params, self.optimizers, strict=True)
+        )
+        assert different_values(found, expected) == []
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The parameters that Python has checked, of the optimizer under test."""
+    seen: list[str] = []
+    check_entry = plan_module._check_entry
+
+    def recording(param: torch.Tensor, options: Any, where: str) -> Any:
+        if options.backend == "cpu":
+            seen.append(where)
+        return check_entry(param, options, where)
+
+    monkeypatch.setattr(plan_module, "_check_entry", recording)
+    return seen
+
+
+def set_option(name: str, value: Any, group: int = 0) -> Callable[[Any, Any], None]:
+    def change(optimizer: Any, params: Any) -> None:
+        optimizer.param_groups[group][name] = value
+
+    change.__name__ = f"{name}={value}"
+    return change
+
+
+def with_gradients_missing(optimizer: Any, params: list[torch.Tensor]) -> None:
+    generator = torch.Generator().manual_seed(77)
+    for i, p in enumerate(params):
+        values = torch.randn(p.shape, generator=generator)
+        p.grad = None if i % 2 else torch.empty_like(p, requires_grad=False).copy_(values)
+    optimizer.step()
+
+
+def skip_all(optimizer: Any, params: list[torch.Tensor]) -> None:
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+def move_gradients_only(optimizer: Any, params: list[torch.Tensor]) -> None:
+    for p in params:
+        p.grad = p.grad.clone(memory_format=torch.preserve_format)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_option("lr", 0.3),
+        set_option("lr", 0.0),
+        set_option("betas", (0.5, 0.6)),
+        set_option("eps", 1e-3),
+        set_option("weight_decay", 0.2),
+        with_gradients_missing,
+        skip_all,
+        move_gradients_only,
+    ],
+)
+def test_is_taken_over_without_python(
+    change: Callable[[Any, Any], None], checked: list[str]
+) -> None:
+    pair = Pair(projection=Box(-0.5, 0.5))
+    pair.step(2)
+    assert len(checked) == len(SHAPES), "the first step is checked, the second is not"
+    pair.both(change)
+    pair.step(3)
+    pair.assert_equal()
+    assert len(checked) == len(SHAPES)
+
+
+def replace_storage(optimizer: Any, params: list[torch.Tensor]) -> None:
+    params[1].data = params[1].data.clone() + 1
+
+
+def replace_storage_transposed(optimizer: Any, params: list[torch.Tensor]) -> None:
+    params[1].data = params[1].data.t().contiguous().t()
+
+
+def replace_moment(optimizer: Any, params: list[torch.Tensor]) -> None:
+    state = optimizer.state[params[0]]
+    state["exp_avg"] = state["exp_avg"].clone().mul_(2)
+
+
+def replace_second_moment_transposed(optimizer: Any, params: list[torch.Tensor]) -> None:
+    state = optimizer.state[params[1]]
+    state["exp_avg_sq"] = state["exp_avg_sq"].t().contiguous().t()
+
+
+def swap_moment_storage(optimizer: Any, params: list[torch.Tensor]) -> None:
+    moment = optimizer.state[params[5]]["exp_avg"]
+    moment.set_(moment.clone().mul_(3))
+
+
+def replace_step(optimizer: Any, params: list[torch.Tensor]) -> None:
+    optimizer.state[params[0]]["step"] = torch.tensor(100.0)
+
+
+def edit_step_in_place(optimizer: Any, params: list[torch.Tensor]) -> None:
+    optimizer.state[params[0]]["step"].fill_(50)
+
+
+def clear_state(optimizer: Any, params: list[torch.Tensor]) -> None:
+    optimizer.state.clear()
+
+
+def forget_one(optimizer: Any, params: list[torch.Tensor]) -> None:
+    del optimizer.state[params[1]]
+
+
+def reorder_state(optimizer: Any, params: list[torch.Tensor]) -> None:
+    optimizer.state[params[0]] = optimizer.state.pop(params[0])
+
+
+def add_group(optimizer: Any, params: list[torch.Tensor]) -> None:
+    params.append(torch.ones(6, requires_grad=True))
+    optimizer.add_param_group({"params": params[-1], "lr": 0.2})
+
+
+def move_between_groups(optimizer: Any, params: list[torch.Tensor]) -> None:
+    first, second = optimizer.param_groups
+    second["params"].append(first["params"].pop())
+
+
+def rebuild_groups(optimizer: Any, params: list[torch.Tensor]) -> None:
+    optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+    optimizer.param_groups[0]["lr"] = 0.4
+
+
+def reload(optimizer: Any, params: list[torch.Tensor]) -> None:
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["exp_avg"].mul_(5)
+    optimizer.load_state_dict(saved)
+
+
+def to_float64(optimizer: Any, params: list[torch.Tensor]) -> None:
+    for p in params:
+        p.grad = None
+        p.data = p.data.double()
+
+
+def to_bfloat16(optimizer: Any, params: list[torch.Tensor]) -> None:
+    for p in params:
+        p.grad = None
+        p.data = p.data.bfloat16()
+
+
+def grow_in_place(optimizer: Any, params: list[torch.Tensor]) -> None:
+    optimizer.param_groups[0]["note"] = "a key that is no option"
+
+
+def freeze_one(optimizer: Any, params: list[torch.Tensor]) -> None:
+    optimizer.param_groups[0]["params"].pop(1)
+
+
+def mutable_betas(optimizer: Any, params: list[torch.Tensor]) -> None:
+    optimizer.param_groups[0]["betas"] = [0.7, 0.8]
+    optimizer.step()
+    optimizer.param_groups[0]["betas"][0] = 0.1
+
+
+def switch_amsgrad(optimizer: Any, params: list[torch.Tensor]) -> None:
+    for group in optimizer.param_groups:
+        group["amsgrad"] = not group["amsgrad"]
+
+
+def gradient_of_other_strides(optimizer: Any, params: list[torch.Tensor]) -> None:
+    for p in params:
+        if p.dim() == 2:
+            p.grad = p.grad.t().contiguous().t()
+    optimizer.step()
+
+
+def negated_view_as_gradient(optimizer: Any, params: list[torch.Tensor]) -> None:
+    z = torch.complex(torch.ones(1000), torch.arange(1000.0))
+    params[5].grad = z.conj().imag
+    assert params[5].grad.is_neg()
+    optimizer.step()
+
+
+CHANGES = [
+    replace_storage,
+    replace_storage_transposed,
+    replace_moment,
+    replace_second_moment_transposed,
+    swap_moment_storage,
+    replace_step,
+    edit_step_in_place,
+    clear_state,
+    forget_one,
+    reorder_state,
+    add_group,
+    move_between_groups,
+    rebuild_groups,
+    reload,
+    to_float64,
+    to_bfloat16,
+    grow_in_place,
+    freeze_one,
+    mutable_betas,
+    gradient_of_other_strides,
+    negated_view_as_gradient,
+    set_option("lr", 1),
+    set_option("maximize", True),
+    set_option("bias_correction", False),
+    set_option("decoupled_weight_decay", True),
+    set_option("projection", Box(-0.1, 0.1)),
+    set_option("projection", None, group=1),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_change_is_seen_on_the_next_step(change: Callable[[Any, Any], None]) -> None:
+    pair = Pair(weight_decay=0.1, projection=Box(-2, 2))
+    pair.step(3)
+    pair.both(change)
+    pair.step(4)
+    pair.assert_equal()
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_amsgrad_is_switched_in_a_running_optimizer(amsgrad: bool) -> None:
+    pair = Pair(Adam, amsgrad=amsgrad)
+    pair.step(3)
+    pair.both(switch_amsgrad)
+    pair.step(4)
+    pair.assert_equal()
+
+
+def test_settles_again_after_a_change(checked: list[str]) -> None:
+    pair = Pair()
+    pair.step(2)
+    pair.both(replace_storage)
+    pair.step()
+    checked.clear()
+    pair.step(3)
+    assert checked == []
+
+
+def test_bad_option_is_refused_and_nothing_changes() -> None:
+    pair = Pair()
+    pair.step(2)
+    optimizer, params = pair.optimizers[0], pair.params[0]
+    before = [copy.deepcopy({"param": p.detach(), **optimizer.state[p]}) for p in params]
+    for bad in (float("nan"), -1.0, float("inf")):
+        optimizer.param_groups[1]["lr"] = bad
+        with pytest.raises(ValueError, match="lr="):
+            optimizer.step()
+    assert different_values([{"param": p, **optimizer.state[p]} for p in params], before) == []
+
+
+def test_overlapping_parameters_are_refused_when_they_come_to_overlap() -> None:
+    pair = Pair()
+    pair.step(2)
+    first, last = pair.params[0][0], pair.params[0][5]
+    first.data = last.data[:3]
+    with pytest.raises(ValueError, match="share memory"):
+        pair.optimizers[0].step()
+
+
+def test_many_groups_share_one_plan_and_equal_options_one_row() -> None:
+    params = [torch.ones(4, requires_grad=True) for _ in range(50)]
+    optimizer = AdamAL([{"params": [p]} for p in params], backend="cpu")
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones(4)
+        optimizer.step()
+    steady = optimizer._plan._steady_state
+    assert (steady.plan_count, steady.row_count) == (1, 1)
+    optimizer.param_groups[7]["lr"] = 0.5
+    optimizer.step()
+    assert optimizer._plan._steady_state is steady
+    assert (steady.plan_count, steady.row_count) == (1, 3)
+
+
+def test_a_step_tensor_is_a_view_of_one_pack() -> None:
+    pair = Pair()
+    pair.step(2)
+    optimizer = pair.optimizers[0]
+    storages = {optimizer.state[p]["step"].untyped_storage().data_ptr() for p in pair.params[0]}
+    assert len(storages) == 1
+    assert [optimizer.state[p]["step"].item() for p in pair.params[0]] == [2.0] * len(SHAPES)
+
+
+def test_parameters_are_released_with_the_optimizer() -> None:
+    import gc
+    import weakref
+
+    p = torch.ones(4, requires_grad=True)
+    optimizer = AdamAL([p], backend="cpu")
+    for _ in range(2):
+        p.grad = torch.ones(4)
+        optimizer.step()
+    alive = weakref.ref(p)
+    del optimizer, p
+    gc.collect()
+    assert alive() is None

@@ -1,0 +1,129 @@
+"""The Triton kernels in Triton's interpreter: every bit equals the reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+import torch
+import triton_interpreter as checks
+from triton_interpreter import BLOCK, STREAMS, VARIANTS, Shape
+
+from adamal_kernels.backends.triton import TritonBackend
+from adamal_kernels.bucket import BucketKey, SecondMoment
+from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+FLOAT32 = DTYPE_PAIRS[0]
+
+
+def types_id(dtypes: DtypePair) -> str:
+    return "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+every_pair = pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=types_id)
+every_moment = pytest.mark.parametrize("second_moment", SecondMoment, ids=lambda m: m.name.lower())
+
+Run = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Run]:
+    """Runs a check in the process that has the interpreter; its failure is the caller's."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=checks.start) as worker:
+
+        def run(check: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+            worker.submit(check, *args, **kwargs).result()
+
+        yield run
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@every_moment
+@every_pair
+def test_same_bits(
+    interpreted: Run, dtypes: DtypePair, second_moment: SecondMoment, variant: str
+) -> None:
+    interpreted(checks.check_steps, dtypes, second_moment, (variant,))
+
+
+@pytest.mark.parametrize("numel", [2, 3, 4, 5, 15, 16, 17, BLOCK - 4, BLOCK, BLOCK + 3, 2 * BLOCK])
+def test_sizes(interpreted: Run, numel: int) -> None:
+    shapes = (Shape(numel), Shape(numel, misaligned="params"))
+    interpreted(checks.check_steps, FLOAT32, SecondMoment.MONOTONE, ("box",), shapes)
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@every_pair
+def test_each_stream_misaligned(interpreted: Run, dtypes: DtypePair, stream: str) -> None:
+    shapes = (Shape(33), Shape(BLOCK + 33, misaligned=stream), Shape(BLOCK))
+    interpreted(checks.check_steps, dtypes, SecondMoment.AMSGRAD, ("default",), shapes)
+
+
+@every_moment
+def test_every_tensor_has_its_own_row(interpreted: Run, second_moment: SecondMoment) -> None:
+    shapes = tuple(Shape(5 + i) for i in range(2 * len(VARIANTS)))
+    interpreted(checks.check_steps, FLOAT32, second_moment, tuple(VARIANTS), shapes)
+
+
+@every_pair
+def test_twenty_steps(interpreted: Run, dtypes: DtypePair) -> None:
+    shapes = (Shape(100), Shape(BLOCK + 7))
+    variants = ("decoupled decay", "box")
+    interpreted(checks.check_steps, dtypes, SecondMoment.MONOTONE, variants, shapes, steps=20)
+
+
+@every_moment
+@every_pair
+def test_zero_by_zero(interpreted: Run, dtypes: DtypePair, second_moment: SecondMoment) -> None:
+    interpreted(checks.check_zero_by_zero, dtypes, second_moment)
+
+
+@every_pair
+def test_beyond_2_to_the_31(interpreted: Run, dtypes: DtypePair) -> None:
+    interpreted(checks.check_far_block, dtypes)
+
+
+@every_pair
+def test_work_is_complete_and_alignment_true(interpreted: Run, dtypes: DtypePair) -> None:
+    interpreted(checks.check_launches, dtypes)
+
+
+def test_nothing_to_do_launches_nothing(interpreted: Run) -> None:
+    interpreted(checks.check_no_work, FLOAT32)
+
+
+def test_tables_follow_the_tensors(interpreted: Run) -> None:
+    interpreted(checks.check_tables, FLOAT32)
+
+
+def test_scalars_are_rounded_once(interpreted: Run) -> None:
+    interpreted(checks.check_scalars_are_rounded_once)
+
+
+def test_available_in_the_interpreter(interpreted: Run) -> None:
+    interpreted(checks.check_availability)
+
+
+def test_cpu_tensors_need_the_interpreter() -> None:
+    reason = TritonBackend().unavailable(torch.device("cpu"))
+    assert reason is not None
+    assert "TRITON_INTERPRET=1" in reason
+
+
+def test_other_devices_are_refused() -> None:
+    reason = TritonBackend().unavailable(torch.device("meta"))
+    assert reason is not None
+    assert "meta" in reason
+
+
+def test_unknown_types_are_refused() -> None:
+    key = BucketKey(
+        torch.device("cpu"), DtypePair(torch.float64, torch.float16), SecondMoment.PLAIN
+    )
+    assert TritonBackend().unsupported(key) is not None

@@ -1,0 +1,350 @@
+"""Checks of the Triton backend in Triton's interpreter; each runs in a process of its own.
+
+TRITON_INTERPRET counts when Triton is imported and then for the whole process, so
+test_triton_interpreter.py sends these functions to a worker that has called :func:`start`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adamal_kernels.backends.reference import ReferenceBackend
+from adamal_kernels.backends.triton import TensorEntry, TritonBackend
+from adamal_kernels.bucket import Bucket, BucketKey, SecondMoment
+from adamal_kernels.dtypes import DtypePair, compute_dtype
+from adamal_kernels.hyperparameters import derive_step_scalars
+from adamal_kernels.verify import same_bits
+
+CPU = torch.device("cpu")
+BLOCK = 2048
+STREAMS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+
+_OPTIONS: dict[str, Any] = {
+    "lr": 1e-2,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "decoupled_weight_decay": False,
+    "maximize": False,
+    "bias_correction": True,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "coupled decay": {"weight_decay": 0.1},
+    "decoupled decay": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    "maximize": {"maximize": True, "weight_decay": 0.1},
+    "algorithm 1": {"bias_correction": False, "eps": 0.0},
+    "box": {"lr": 0.3, "lower": -0.25, "upper": 0.5},
+    "nonnegative": {"lr": 0.3, "lower": 0.0, "weight_decay": 0.1, "decoupled_weight_decay": True},
+}
+
+
+class Shape(NamedTuple):
+    """A tensor's size, and the stream that does not start at a multiple of 16 bytes."""
+
+    numel: int
+    misaligned: str | None = None
+
+
+SHAPES = (
+    Shape(0),
+    Shape(1),
+    Shape(7),
+    Shape(BLOCK - 1),
+    Shape(BLOCK + 1, misaligned="params"),
+    Shape(2 * BLOCK + 5),
+)
+
+
+def start() -> None:
+    """Prepare this process: the interpreter on, its casts mended, numpy quiet about NaN."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    _mend_bfloat16()
+    np.seterr(all="ignore")
+    torch.set_num_threads(1)
+
+
+def _mend_bfloat16() -> None:
+    """Make the interpreter cast between float32 and bfloat16 as hardware does.
+
+    As it comes it truncates where a GPU rounds to nearest even, and loses denormals: what the
+    kernel asks for is right, what the interpreter makes of it is not.
+    """
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.cast_impl
+
+    def cast(self: Any, source: Any, target_type: Any) -> Any:
+        target = target_type.scalar
+        data = np.ascontiguousarray(source.data)
+        if source.dtype.scalar == tl.float32 and target == tl.bfloat16:
+            rounded = torch.from_numpy(data).to(torch.bfloat16).view(torch.int16)
+            return interpreter.TensorHandle(rounded.numpy().view(np.uint16), target)
+        if source.dtype.scalar == tl.bfloat16 and target == tl.float32:
+            widened = (data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            return interpreter.TensorHandle(widened, target)
+        return original(self, source, target_type)
+
+    interpreter.InterpreterBuilder.cast_impl = cast
+
+
+@dataclass
+class Tensors:
+    """A bucket, and the rooms its tensors lie in, whose edges nobody may touch."""
+
+    bucket: Bucket
+    rooms: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+    """``(room, what it held, where the tensor ends)``."""
+
+    def place(self, values: Tensor, offset: int) -> Tensor:
+        """Return a copy of ``values`` that starts ``offset`` elements after a 64-byte boundary."""
+        room = torch.full((offset + len(values) + BLOCK,), 3.0, dtype=values.dtype)
+        assert room.data_ptr() % 16 == 0
+        tensor = room[offset : offset + len(values)].copy_(values)
+        self.rooms.append((room, room.clone(), offset + len(values)))
+        return tensor
+
+    def check_edges(self) -> None:
+        """Fail if anything was written beyond the end of a tensor."""
+        for room, original, end in self.rooms:
+            assert same_bits(room[end:], original[end:]), "wrote beyond the end of a tensor"
+
+
+def make_tensors(key: BucketKey, shapes: tuple[Shape, ...]) -> Tensors:
+    """Return a bucket with moments as if of earlier steps; the same values on every call."""
+    made = Tensors(Bucket(key))
+    generator = torch.Generator().manual_seed(0)
+    dtype = compute_dtype(key.dtypes.param)
+    for shape in shapes:
+        values = [torch.randn(shape.numel, generator=generator, dtype=dtype) for _ in range(4)]
+        param, exp_avg, exp_avg_sq, maximum = values
+        streams = {
+            "params": param.to(key.dtypes.param),
+            "exp_avgs": exp_avg * 0.1,
+            "exp_avg_sqs": exp_avg_sq.square(),
+            "max_exp_avg_sqs": maximum.square(),
+        }
+        if key.second_moment is not SecondMoment.AMSGRAD:
+            del streams["max_exp_avg_sqs"]
+        for name, stream in streams.items():
+            offset = int(name == shape.misaligned)
+            getattr(made.bucket, name).append(made.place(stream, offset))
+    return made
+
+
+def set_step(
+    made: Tensors, shapes: tuple[Shape, ...], step: int, variants: tuple[str, ...], special: bool
+) -> None:
+    """Give the bucket new gradients and the scalars of step ``step``; variants take turns."""
+    bucket = made.bucket
+    generator = torch.Generator().manual_seed(step)
+    bucket.grads = []
+    for shape in shapes:
+        grad = torch.randn(shape.numel, generator=generator).to(bucket.key.dtypes.grad)
+        if special:
+            put_special(grad)
+        bucket.grads.append(made.place(grad, int(shape.misaligned == "grads")))
+    bucket.scalars = [
+        derive_step_scalars(step=step, **{**_OPTIONS, **VARIANTS[name]}) for name in variants
+    ]
+    bucket.rows = [(i + step) % len(variants) for i in range(len(shapes))]
+
+
+def put_special(grad: Tensor) -> None:
+    """Put what arithmetic trips over at the start of ``grad``, and some of it at its end."""
+    denormal = 1e-7 if grad.dtype == torch.float16 else 1e-40
+    special = [math.nan, 0.0, -0.0, denormal, -denormal, math.inf, -math.inf, 1e30, 1e-30]
+    values = torch.tensor(special, dtype=torch.float64).to(grad.dtype)
+    count = min(len(grad), len(values))
+    grad[:count] = values[:count]
+    grad[-2:] = values[:2][-len(grad) :] if len(grad) else grad
+
+
+def check_steps(
+    dtypes: DtypePair,
+    second_moment: SecondMoment,
+    variants: tuple[str, ...],
+    shapes: tuple[Shape, ...] = SHAPES,
+    steps: int = 2,
+) -> None:
+    """Check that every bit is the reference's after each step; the first one is special."""
+    key = BucketKey(CPU, dtypes, second_moment)
+    ours, theirs = make_tensors(key, shapes), make_tensors(key, shapes)
+    triton = TritonBackend()
+    assert triton.unavailable(CPU) is None
+    assert triton.unsupported(key) is None
+    for step in range(1, steps + 1):
+        for made, backend in ((ours, triton), (theirs, ReferenceBackend())):
+            set_step(made, shapes, step, variants, special=step == 1)
+            backend.step(made.bucket)
+        for name in STREAMS:
+            pairs = zip(getattr(ours.bucket, name), getattr(theirs.bucket, name), strict=True)
+            for shape, (found, expected) in zip(shapes, pairs, strict=False):
+                assert same_bits(found, expected), f"{name} of {shape} after step {step}"
+    ours.check_edges()
+
+
+def check_zero_by_zero(dtypes: DtypePair, second_moment: SecondMoment) -> None:
+    """Check that a parameter stays where gradient and moments are zero and so is eps."""
+    shapes = (Shape(9),)
+    made = make_tensors(BucketKey(CPU, dtypes, second_moment), shapes)
+    set_step(made, shapes, 1, ("algorithm 1",), special=False)
+    bucket = made.bucket
+    for tensor in (*bucket.grads, *bucket.exp_avgs, *bucket.exp_avg_sqs, *bucket.max_exp_avg_sqs):
+        tensor.zero_()
+    before = bucket.params[0].clone()
+    TritonBackend().step(bucket)
+    assert same_bits(bucket.params[0], before)
+
+
+def check_far_block(dtypes: DtypePair) -> None:
+    """Check a block beyond 2^31 elements: its tensors' bases are set back by as much."""
+    from adamal_kernels.backends import triton_kernels
+
+    key = BucketKey(CPU, dtypes, SecondMoment.MONOTONE)
+    shapes = (Shape(BLOCK), Shape(37))
+    ours, theirs = make_tensors(key, shapes), make_tensors(key, shapes)
+    for made in (ours, theirs):
+        set_step(made, shapes, 1, ("default",), special=False)
+    ReferenceBackend().step(theirs.bucket)
+
+    chunk = 2**31 // BLOCK + 1
+    bucket = ours.bucket
+
+    def base(tensor: Tensor) -> int:
+        return tensor.data_ptr() - chunk * BLOCK * tensor.element_size()
+
+    entries = [
+        TensorEntry(base(p), base(m), base(v), base(v), chunk * BLOCK + p.numel())
+        for p, m, v in zip(bucket.params, bucket.exp_avgs, bucket.exp_avg_sqs, strict=True)
+    ]
+    triton_kernels.step_kernel[(len(shapes),)](
+        torch.tensor(entries),
+        torch.tensor([(i, chunk) for i in range(len(shapes))], dtype=torch.int32),
+        torch.tensor([(base(grad), 0) for grad in bucket.grads]),
+        torch.tensor(bucket.scalars, dtype=compute_dtype(dtypes.param)),
+        **triton_kernels.constants(key, None, aligned=True),
+    )
+    for name in ("params", "exp_avgs", "exp_avg_sqs"):
+        for found, expected in zip(
+            getattr(ours.bucket, name), getattr(theirs.bucket, name), strict=True
+        ):
+            assert same_bits(found, expected), name
+    ours.check_edges()
+
+
+class Launch(NamedTuple):
+    """What a launch was given: the promise of alignment, the work, and where the table lies."""
+
+    aligned: bool
+    items: list[list[int]]
+    table: int
+
+
+def step_and_record(bucket: Bucket) -> list[Launch]:
+    """Step ``bucket`` by Triton and return its launches."""
+    from adamal_kernels.backends import triton_kernels
+
+    kernel, launches = triton_kernels.step_kernel, []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            def launch(tensors: Tensor, items: Tensor, *args: Any, **kwargs: Any) -> None:
+                launches.append(Launch(kwargs["ALIGNED"], items.tolist(), tensors.data_ptr()))
+                assert grid == (len(items),)
+                kernel[grid](tensors, items, *args, **kwargs)
+
+            return launch
+
+    triton_kernels.step_kernel = Recorder()
+    try:
+        TritonBackend().step(bucket)
+    finally:
+        triton_kernels.step_kernel = kernel
+    return launches
+
+
+def check_launches(dtypes: DtypePair) -> None:
+    """Check the work of each launch: all of it once, alignment promised only where it holds."""
+    shapes = (
+        Shape(40),
+        *(Shape(40, misaligned=stream) for stream in STREAMS),
+        Shape(0),
+        Shape(2 * BLOCK),
+        Shape(BLOCK + 8),
+    )
+    made = make_tensors(BucketKey(CPU, dtypes, SecondMoment.AMSGRAD), shapes)
+    set_step(made, shapes, 1, ("default",), special=False)
+    found = {launch.aligned: launch.items for launch in step_and_record(made.bucket)}
+    assert found == {
+        True: [[0, 0], [7, 0], [7, 1], [8, 0], [8, 1]],
+        False: [[1, 0], [2, 0], [3, 0], [4, 0], [5, 0]],
+    }
+
+
+def check_no_work(dtypes: DtypePair) -> None:
+    """Check that a bucket of empty tensors, or of none, launches nothing."""
+    for shapes in ((), (Shape(0), Shape(0))):
+        made = make_tensors(BucketKey(CPU, dtypes, SecondMoment.MONOTONE), shapes)
+        set_step(made, shapes, 1, ("default",), special=False)
+        assert step_and_record(made.bucket) == []
+
+
+def check_tables(dtypes: DtypePair) -> None:
+    """Check that tables live as long as they are true: no longer, and no shorter."""
+    shapes = (Shape(40), Shape(9))
+    made = make_tensors(BucketKey(CPU, dtypes, SecondMoment.MONOTONE), shapes)
+    tables = []
+
+    def step(number: int, variants: tuple[str, ...] = ("default",)) -> None:
+        set_step(made, shapes, number, variants, special=False)
+        expected = make_tensors(made.bucket.key, shapes)
+        set_step(expected, shapes, number, variants, special=False)
+        for name in STREAMS:
+            for copy, tensor in zip(
+                getattr(expected.bucket, name), getattr(made.bucket, name), strict=True
+            ):
+                copy.resize_as_(tensor).copy_(tensor)
+        (launch,) = step_and_record(made.bucket)
+        ReferenceBackend().step(expected.bucket)
+        for found, wanted in zip(made.bucket.params, expected.bucket.params, strict=True):
+            assert same_bits(found, wanted), f"step {number}"
+        tables.append(launch.table)
+
+    step(1)
+    step(2, ("box", "coupled decay"))
+    assert tables[1] == tables[0], "new gradients, rows and scalars are no reason to bind anew"
+    made.bucket.params[1] = made.place(torch.ones(9, dtype=dtypes.param), 0)
+    step(3)
+    assert tables[2] != tables[1], "a parameter moved"
+
+
+def check_scalars_are_rounded_once() -> None:
+    """Check that a float64 scalar reaches a float32 kernel rounded to nearest."""
+    key = BucketKey(CPU, DtypePair(torch.float32, torch.float32), SecondMoment.PLAIN)
+    made = make_tensors(key, (Shape(4),))
+    set_step(made, (Shape(4),), 1, ("default",), special=False)
+    just_above_half = 1.0 + 2.0**-24 + 2.0**-50
+    idle = derive_step_scalars(step=1, **{**_OPTIONS, "lr": 0.0})
+    made.bucket.scalars = [idle._replace(decay_factor=just_above_half)]
+    made.bucket.params[0].fill_(1.0)
+    TritonBackend().step(made.bucket)
+    assert made.bucket.params[0].tolist() == [1.0 + 2.0**-23] * 4
+
+
+def check_availability() -> None:
+    """Check what the backend says of devices while the interpreter is on."""
+    backend = TritonBackend()
+    assert backend.unavailable(CPU) is None
+    reason = backend.unavailable(torch.device("cuda", 0))
+    assert reason is not None
+    assert "unset TRITON_INTERPRET" in reason
