@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import (
+    Optimizer,
+    ParamsT,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
 from .checkpoint import merge_groups, merge_state, saved_group
 from .options import check_options, read_options
@@ -16,6 +22,30 @@ from .plan import Plan, check_parameter
 from .projections import Projection
 
 __all__ = ["Adam", "AdamAL", "AdamALW", "AdamW"]
+
+
+def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Run step hooks and the profiler's record only where there are any.
+
+    torch wraps every optimizer's ``step`` in both; the record alone takes as long as stepping
+    some hundred tensors.
+    """
+    recorded = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def hooked_step(self: _AdamBase, *args: Any, **kwargs: Any) -> Any:
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+        ):
+            return recorded(self, *args, **kwargs)
+        return step(self, *args, **kwargs)
+
+    hooked_step.hooked = True  # type: ignore[attr-defined]  # torch asks before it wraps
+    return hooked_step
 
 
 class _AdamBase(Optimizer):
@@ -85,7 +115,7 @@ class _AdamBase(Optimizer):
             self.param_groups.pop()
             raise
 
-    @torch.no_grad()
+    @_hooked
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient.
 

@@ -81,7 +81,15 @@ class Plan:
             if self._steady_state.step(param_groups, state):
                 return
             self._steady_state = None
+        with torch.no_grad():
+            self._checked_step(param_groups, state, read_options)
 
+    def _checked_step(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: MutableMapping[Tensor, dict[str, Any]],
+        read_options: Callable[[dict[str, Any]], GroupOptions],
+    ) -> None:
         options = [read_options(group) for group in param_groups]
         entries = [
             _check_entry(param, options[g], f"params[{i}] of group {g}")

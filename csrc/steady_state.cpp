@@ -15,19 +15,26 @@ namespace {
 
 // The state's keys, interned once: a dict's own keys are nearly always the same objects.
 struct StateKeys {
-  PyObject* step = PyUnicode_InternFromString("step");
-  PyObject* exp_avg = PyUnicode_InternFromString("exp_avg");
-  PyObject* exp_avg_sq = PyUnicode_InternFromString("exp_avg_sq");
-  PyObject* max_exp_avg_sq = PyUnicode_InternFromString("max_exp_avg_sq");
+  enum Key { step, exp_avg, exp_avg_sq, max_exp_avg_sq, other };
+  PyObject* names[other] = {
+      PyUnicode_InternFromString("step"), PyUnicode_InternFromString("exp_avg"),
+      PyUnicode_InternFromString("exp_avg_sq"), PyUnicode_InternFromString("max_exp_avg_sq")};
+
+  Key find(PyObject* key) const {
+    for (int i = 0; i < other; ++i) {
+      if (key == names[i]) return static_cast<Key>(i);
+    }
+    if (!PyUnicode_CheckExact(key)) return other;
+    for (int i = 0; i < other; ++i) {
+      if (PyUnicode_Compare(key, names[i]) == 0) return static_cast<Key>(i);
+    }
+    return other;
+  }
 };
 
 const StateKeys& state_keys() {
   static const StateKeys keys;
   return keys;
-}
-
-bool is_key(PyObject* key, PyObject* interned) {
-  return key == interned || (PyUnicode_CheckExact(key) && PyUnicode_Compare(key, interned) == 0);
 }
 
 // Larger counts, and those that are no numbers, are refused by the check in Python.
@@ -50,27 +57,39 @@ at::ScalarType scalar_type(Dtype dtype) {
   return at::ScalarType::Undefined;
 }
 
-void set_types(at::ScalarType (&types)[2], at::ScalarType real) {
-  types[0] = real;
+void set_types(caffe2::TypeMeta (&types)[2], at::ScalarType real) {
+  types[0] = c10::scalarTypeToTypeMeta(real);
   // bfloat16 has no complex type, and so no complex parameters.
-  types[1] = real == at::kBFloat16 ? at::ScalarType::Undefined : c10::toComplexType(real);
-}
-
-bool has_strides_of(const at::Tensor& tensor, const at::Tensor& pattern) {
-  if (tensor.is_contiguous() && pattern.is_contiguous()) return true;
-  const auto sizes = tensor.sizes(), strides = tensor.strides(), expected = pattern.strides();
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    if (sizes[i] != 1 && strides[i] != expected[i]) return false;
-  }
-  return true;
+  if (real != at::kBFloat16) types[1] = c10::scalarTypeToTypeMeta(c10::toComplexType(real));
 }
 
 // Whether a parameter's gradient or moment is an ordinary tensor (not sparse, lazily conjugated or
 // of a subclass) of the type, on the parameter's device, each element where the parameter's is.
-bool belongs_to(const at::Tensor& param, const at::Tensor& tensor, at::ScalarType type) {
-  return tensor.key_set() == param.key_set() && tensor.scalar_type() == type &&
-         tensor.device() == param.device() && tensor.sizes() == param.sizes() &&
-         has_strides_of(tensor, param);
+inline bool belongs_to(const c10::TensorImpl& param, const c10::TensorImpl& tensor,
+                       caffe2::TypeMeta type) {
+  if (tensor.key_set() != param.key_set() || tensor.dtype() != type ||
+      tensor.device() != param.device()) {
+    return false;
+  }
+  const auto sizes = param.sizes(), found = tensor.sizes();
+  const size_t dims = sizes.size();
+  if (found.size() != dims) return false;
+  for (size_t i = 0; i < dims; ++i) {
+    if (found[i] != sizes[i]) return false;
+  }
+  if (tensor.is_contiguous() && param.is_contiguous()) return true;
+  const auto strides = param.strides(), found_strides = tensor.strides();
+  for (size_t i = 0; i < dims; ++i) {
+    if (sizes[i] != 1 && found_strides[i] != strides[i]) return false;
+  }
+  return true;
+}
+
+void prefetch_bytes(const void* address, size_t bytes) {
+  constexpr size_t kLine = 64;
+  for (size_t i = 0; i < bytes; i += kLine) {
+    __builtin_prefetch(static_cast<const char*>(address) + i);
+  }
 }
 
 // The number in `object` if it lies in [0, below), else NaN.
@@ -150,6 +169,7 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
               "steps must be one float32 for each parameter with state");
   counts_ = steps_.mutable_data_ptr<float>();
   last_rows_.resize(options_.size());
+  footprints_.resize(members_.size());
   for (const auto& [key, value] : state) {
     const auto found = member_of.find(key.ptr());
     state_.push_back({key.ptr(), found == member_of.end() ? -1 : found->second});
@@ -189,9 +209,8 @@ bool SteadyState::bind(const py::handle& state) {
     if (state_[i].member < 0) continue;
     const Member& member = members_[state_[i].member];
     const void* grad = nullptr;
-    const std::optional<TensorEntry> entry = read_member(member, state_[i].member, values, &grad);
-    if (!entry) return false;
-    entries[member.plan][member.slot] = *entry;
+    TensorEntry* entry = &entries[member.plan][member.slot];
+    if (!read_member(state_[i].member, values, entry, &grad)) return false;
     ++bound;
   }
   if (bound != members_.size()) return false;
@@ -303,69 +322,115 @@ bool SteadyState::check_state(PyObject* state) {
   PyObject *key, *values;
   Py_ssize_t position = 0;
   for (size_t i = 0; PyDict_Next(state, &position, &key, &values); ++i) {
+    prefetch(i);
     if (key != state_[i].key) return false;
     if (state_[i].member < 0) continue;
     const Member& member = members_[state_[i].member];
     PlanStep& step = plans_[member.plan];
-    const std::optional<TensorEntry> entry =
-        read_member(member, state_[i].member, values, &step.grads[member.slot]);
-    if (!entry || !(*entry == step.plan->tensors()[member.slot])) return false;
+    TensorEntry entry;
+    if (!read_member(state_[i].member, values, &entry, &step.grads[member.slot]) ||
+        !(entry == step.plan->tensors()[member.slot])) {
+      return false;
+    }
     step.has_grads = step.has_grads || step.grads[member.slot] != nullptr;
   }
   return true;
 }
 
-std::optional<TensorEntry> SteadyState::read_member(const Member& member, size_t index,
-                                                    PyObject* values, const void** grad) {
-  const PlanStep& step = plans_[member.plan];
-  const at::Tensor& param = THPVariable_Unpack(member.param);
-  if (param.scalar_type() != step.param_types[member.is_complex] ||
-      param.device() != step.plan->device() || !param.is_non_overlapping_and_dense()) {
-    return std::nullopt;
+// In three stages, each of which reads what the one before fetched: what does not move, the
+// gradient, and the gradient's storage.
+void SteadyState::prefetch(size_t state_index) const {
+  constexpr size_t kFarAhead = 12, kAhead = 6, kNext = 3;
+  const auto member_at = [&](size_t index) {
+    return index < state_.size() ? state_[index].member : -1;
+  };
+  if (const int64_t member = member_at(state_index + kFarAhead); member >= 0) {
+    const Footprint& footprint = footprints_[member];
+    prefetch_bytes(footprint.values, sizeof(PyDictObject));
+    prefetch_bytes(footprint.autograd_meta, sizeof(torch::autograd::AutogradMeta));
+    for (int i = 0; i < Footprint::kTensors; ++i) {
+      if (footprint.tensors[i] == nullptr) continue;
+      __builtin_prefetch(footprint.objects[i]);
+      prefetch_bytes(footprint.tensors[i], sizeof(c10::TensorImpl));
+      __builtin_prefetch(footprint.storages[i]);
+    }
   }
-  TensorEntry entry{param.data_ptr(), nullptr, nullptr, nullptr,
-                    param.numel() * (member.is_complex ? 2 : 1)};
+  if (const int64_t member = member_at(state_index + kAhead); member >= 0) {
+    const at::Tensor& grad =
+        THPVariable_Unpack(members_[member].param).unsafeGetTensorImpl()->grad();
+    if (grad.defined()) prefetch_bytes(grad.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+  }
+  if (const int64_t member = member_at(state_index + kNext); member >= 0) {
+    const at::Tensor& grad =
+        THPVariable_Unpack(members_[member].param).unsafeGetTensorImpl()->grad();
+    if (grad.defined() && grad.has_storage()) {
+      __builtin_prefetch(grad.storage().unsafeGetStorageImpl());
+    }
+  }
+}
 
-  if (!PyDict_CheckExact(values)) return std::nullopt;
+bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry,
+                              const void** grad) {
+  const Member& member = members_[index];
+  const PlanStep& step = plans_[member.plan];
+  Footprint& footprint = footprints_[index];
+  c10::TensorImpl& param = *THPVariable_Unpack(member.param).unsafeGetTensorImpl();
+  if (param.dtype() != step.param_types[member.is_complex] ||
+      param.device() != step.plan->device() || !param.is_non_overlapping_and_dense()) {
+    return false;
+  }
+  *entry = {param.mutable_data(), nullptr, nullptr, nullptr,
+            param.numel() * (member.is_complex ? 2 : 1)};
+  footprint.values = values;
+  footprint.autograd_meta = param.autograd_meta();
+  footprint.objects[0] = member.param;
+  footprint.tensors[0] = &param;
+  footprint.storages[0] = param.unsafe_storage().unsafeGetStorageImpl();
+
+  if (!PyDict_CheckExact(values)) return false;
   const StateKeys& keys = state_keys();
   const bool amsgrad = step.plan->second_moment() == SecondMoment::amsgrad;
+  const int expected = amsgrad ? 4 : 3;
   int found = 0;
   PyObject *key, *value;
   Py_ssize_t position = 0;
-  while (PyDict_Next(values, &position, &key, &value)) {
-    void** moment = nullptr;
-    if (is_key(key, keys.exp_avg)) {
-      moment = &entry.exp_avg;
-    } else if (is_key(key, keys.exp_avg_sq)) {
-      moment = &entry.exp_avg_sq;
-    } else if (amsgrad && is_key(key, keys.max_exp_avg_sq)) {
-      moment = &entry.max_exp_avg_sq;
-    } else if (!is_key(key, keys.step)) {
+  while (found < expected && PyDict_Next(values, &position, &key, &value)) {
+    const StateKeys::Key name = keys.find(key);
+    if (name == StateKeys::other || (name == StateKeys::max_exp_avg_sq && !amsgrad)) continue;
+    if (!THPVariable_CheckExact(value)) return false;
+    c10::TensorImpl& tensor = *THPVariable_Unpack(value).unsafeGetTensorImpl();
+    ++found;
+    footprint.objects[found] = value;
+    footprint.tensors[found] = &tensor;
+    if (name == StateKeys::step) {
+      // The bounds are false for a count that is no number, too.
+      const bool counts = tensor.dtype() == caffe2::TypeMeta::Make<float>() &&
+                          tensor.numel() == 1 && tensor.data() == counts_ + index &&
+                          counts_[index] >= 0 && counts_[index] <= kMostSteps;
+      if (!counts) return false;
       continue;
     }
-    if (!THPVariable_CheckExact(value)) return std::nullopt;
-    const at::Tensor& tensor = THPVariable_Unpack(value);
-    if (moment == nullptr) {
-      // Also false for a count that is no number.
-      const bool counts = tensor.const_data_ptr() == counts_ + index && tensor.numel() == 1 &&
-                          tensor.scalar_type() == at::kFloat && counts_[index] >= 0 &&
-                          counts_[index] <= kMostSteps;
-      if (!counts) return std::nullopt;
+    if (!belongs_to(param, tensor, step.moment_types[member.is_complex])) return false;
+    footprint.storages[found] = tensor.unsafe_storage().unsafeGetStorageImpl();
+    void* const address = tensor.mutable_data();
+    if (name == StateKeys::exp_avg) {
+      entry->exp_avg = address;
+    } else if (name == StateKeys::exp_avg_sq) {
+      entry->exp_avg_sq = address;
     } else {
-      if (!belongs_to(param, tensor, step.moment_types[member.is_complex])) return std::nullopt;
-      *moment = tensor.data_ptr();
+      entry->max_exp_avg_sq = address;
     }
-    ++found;
   }
-  if (found != (amsgrad ? 4 : 3)) return std::nullopt;
+  if (found < expected) return false;
 
   *grad = nullptr;
   const at::Tensor& gradient = param.grad();
   if (gradient.defined()) {
-    if (!belongs_to(param, gradient, step.grad_types[member.is_complex])) return std::nullopt;
-    *grad = entry.numel == 0 ? &kEmptyGradient : gradient.const_data_ptr();
+    const c10::TensorImpl& tensor = *gradient.unsafeGetTensorImpl();
+    if (!belongs_to(param, tensor, step.grad_types[member.is_complex])) return false;
+    *grad = entry->numel == 0 ? &kEmptyGradient : tensor.data();
   }
-  return entry;
+  return true;
 }
 
 void SteadyState::find_rows() {

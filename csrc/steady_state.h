@@ -78,6 +78,16 @@ class SteadyState {
     uint32_t options;
     bool is_complex;
   };
+  // Where the last step found what the next one will read: thousands of small objects all over
+  // memory, which are prefetched some members ahead. Never followed, so they may be out of date.
+  struct Footprint {
+    static constexpr int kTensors = 5;  // parameter, moments, step
+    const void* values = nullptr;
+    const void* autograd_meta = nullptr;
+    const void* objects[kTensors] = {};
+    const c10::TensorImpl* tensors[kTensors] = {};
+    const c10::StorageImpl* storages[kTensors] = {};
+  };
   struct StateEntry {
     PyObject* key;
     int64_t member;  // -1: no parameter of ours
@@ -85,9 +95,9 @@ class SteadyState {
   // What the steps of a plan need besides the plan.
   struct PlanStep {
     std::shared_ptr<Plan> plan;
-    at::ScalarType param_types[2];  // of real parameters and of complex ones
-    at::ScalarType grad_types[2];
-    at::ScalarType moment_types[2];
+    caffe2::TypeMeta param_types[2];  // of real parameters and of complex ones
+    caffe2::TypeMeta grad_types[2];
+    caffe2::TypeMeta moment_types[2];
     std::vector<const void*> grads;
     std::vector<uint32_t> rows;
     bool has_grads;
@@ -103,15 +113,16 @@ class SteadyState {
   bool take_over(const Group& group, Item item, PyObject* value);
   bool check_params(const Group& group, PyObject* params) const;
   bool check_state(PyObject* state);
-  // Reads a member's tensors; the entry is nullopt where one is not as it was checked.
-  std::optional<TensorEntry> read_member(const Member& member, size_t index, PyObject* values,
-                                         const void** grad);
+  // Reads a member's tensors; false where one is not as it was checked.
+  bool read_member(size_t index, PyObject* values, TensorEntry* entry, const void** grad);
+  void prefetch(size_t state_index) const;
   void find_rows();
   uint32_t row_of(size_t options, int64_t step);
 
   std::vector<Param> params_;
   std::vector<Group> groups_;
   std::vector<Member> members_;
+  std::vector<Footprint> footprints_;  // by member
   std::vector<StateEntry> state_;
   std::vector<BoundOptions> options_;
   std::vector<PlanStep> plans_;

@@ -17,21 +17,44 @@
 namespace adamal {
 namespace {
 
+// The divisions and the root of a vector take so long that the processor looks too few vectors
+// ahead to keep the memory busy: ask for what comes 3 KB later, a few lines at a time. Chosen by
+// measurement: a sixth faster than without where the streams come from memory.
+constexpr int64_t kBlock = 64;
+constexpr int64_t kAhead = 768;
+
+template <typename Storage>
+inline void prefetch_block(const Storage* first) {
+  constexpr int64_t kLine = 64 / sizeof(Storage);
+  for (int64_t i = 0; i < kBlock; i += kLine) __builtin_prefetch(first + i);
+}
+
 template <SecondMoment kSecondMoment, typename Param, typename Grad, typename T>
 ADAMAL_MULTIVERSIONED void step_span(Param* __restrict param, const Grad* __restrict grad,
                                      T* __restrict exp_avg, T* __restrict exp_avg_sq,
                                      T* __restrict max_exp_avg_sq, int64_t count,
                                      const StepScalars<T>& shared_scalars) {
+  constexpr bool kHasMax = kSecondMoment == SecondMoment::amsgrad;
   // A copy: through the reference, the stores below might change it.
   const StepScalars<T> scalars = shared_scalars;
-  for (int64_t i = 0; i < count; ++i) {
-    Element<T> e{decode(param[i]), exp_avg[i], exp_avg_sq[i], T(0)};
-    if constexpr (kSecondMoment == SecondMoment::amsgrad) e.max_exp_avg_sq = max_exp_avg_sq[i];
-    e = step_element<kSecondMoment>(e, static_cast<T>(decode(grad[i])), scalars);
-    param[i] = encode<Param>(e.param);
-    exp_avg[i] = e.exp_avg;
-    exp_avg_sq[i] = e.exp_avg_sq;
-    if constexpr (kSecondMoment == SecondMoment::amsgrad) max_exp_avg_sq[i] = e.max_exp_avg_sq;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    if (const int64_t later = first + kAhead; later + kBlock <= count) {
+      prefetch_block(param + later);
+      prefetch_block(grad + later);
+      prefetch_block(exp_avg + later);
+      prefetch_block(exp_avg_sq + later);
+      if constexpr (kHasMax) prefetch_block(max_exp_avg_sq + later);
+    }
+    const int64_t last = std::min(first + kBlock, count);
+    for (int64_t i = first; i < last; ++i) {
+      Element<T> e{decode(param[i]), exp_avg[i], exp_avg_sq[i], T(0)};
+      if constexpr (kHasMax) e.max_exp_avg_sq = max_exp_avg_sq[i];
+      e = step_element<kSecondMoment>(e, static_cast<T>(decode(grad[i])), scalars);
+      param[i] = encode<Param>(e.param);
+      exp_avg[i] = e.exp_avg;
+      exp_avg_sq[i] = e.exp_avg_sq;
+      if constexpr (kHasMax) max_exp_avg_sq[i] = e.max_exp_avg_sq;
+    }
   }
 }
 
