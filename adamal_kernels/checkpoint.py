@@ -100,27 +100,41 @@ def _plain_number(value: Any) -> Any:
     return value if type(value) in (int, float) or isinstance(value, Tensor) else float(value)
 
 
-def _merge_values(param: Tensor, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for name, value in values.items():
-        if name == "step":
-            is_number = isinstance(value, (int, float)) or (
-                isinstance(value, Tensor) and value.numel() == 1
+def _merge_values(param: Tensor, values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"load_state_dict: state of {where} must be a dict, got {values!r}")
+    if not values:
+        return {}
+    for name in ("step", "exp_avg", "exp_avg_sq"):
+        if name not in values:
+            raise ValueError(
+                f"load_state_dict: state of {where} has no {name!r}; the checkpoint is of another "
+                "kind of optimizer"
             )
-            if not is_number or not 0 <= float(value) < math.inf:
-                raise ValueError(
-                    f"load_state_dict: step of {where} must be a number, finite and >= 0, "
-                    f"got {value!r}"
-                )
-            merged[name] = torch.tensor(float(value), dtype=torch.float32)
-        elif isinstance(value, Tensor):
-            if value.shape != param.shape:
-                raise ValueError(
-                    f"load_state_dict: {name} of {where} has shape {tuple(value.shape)} in the "
-                    f"checkpoint, the parameter {tuple(param.shape)}; the checkpoint is of "
-                    "another model, or its parameters are in another order"
-                )
-            merged[name] = empty_dense_like(param, value.dtype).copy_(value)
-        else:
-            merged[name] = value
-    return merged
+    return {name: _merge_value(param, name, value, where) for name, value in values.items()}
+
+
+def _merge_value(param: Tensor, name: str, value: Any, where: str) -> Any:
+    if name == "step":
+        is_number = isinstance(value, (int, float)) or (
+            isinstance(value, Tensor) and value.numel() == 1
+        )
+        if not is_number or not 0 <= float(value) < math.inf:
+            raise ValueError(
+                f"load_state_dict: step of {where} must be a number, finite and >= 0, got {value!r}"
+            )
+        return torch.tensor(float(value), dtype=torch.float32, device="cpu")
+    if name not in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        return value.clone() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        got = value.dtype if isinstance(value, Tensor) else repr(value)
+        raise ValueError(
+            f"load_state_dict: {name} of {where} must be a floating-point tensor, got {got}"
+        )
+    if value.shape != param.shape:
+        raise ValueError(
+            f"load_state_dict: {name} of {where} has shape {tuple(value.shape)} in the "
+            f"checkpoint, the parameter {tuple(param.shape)}; the checkpoint is of another model, "
+            "or its parameters are in another order"
+        )
+    return empty_dense_like(param, value.dtype).copy_(value)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["empty_dense_like", "is_dense", "overlapping_pair", "same_layout"]
+__all__ = ["empty_dense_like", "has_memory", "is_dense", "overlapping_pair", "same_layout"]
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -59,36 +59,60 @@ def empty_dense_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
 
 
-def overlapping_pair(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
-    """Return the indices of two tensors with a common element, or of one whose own overlap.
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the tensor's storage is large enough to hold all its elements.
 
-    A tensor whose own elements overlap (an expanded one) is returned as a pair with itself.
-    Strided views of one tensor that interleave without touching are told apart if their strides
-    are equal; others whose spans overlap are taken to touch.
+    Example:
+        >>> x = torch.empty(4)
+        >>> x.untyped_storage().resize_(0).nbytes(), has_memory(x)
+        (0, False)
+    """
+    if tensor.numel() == 0:
+        return True
+    needed = (tensor.storage_offset() + _reach(tensor) + 1) * tensor.element_size()
+    return tensor.untyped_storage().nbytes() >= needed
+
+
+def overlapping_pair(
+    written: Sequence[Tensor], read: Sequence[Tensor] = ()
+) -> tuple[int, int] | None:
+    """Return the indices of two tensors with a common element, at least one of them written.
+
+    A written tensor whose own elements overlap (an expanded one) is returned as a pair with
+    itself. Strided views of one tensor that interleave without touching are told apart if their
+    strides are equal; others whose spans overlap are taken to touch. Indices of ``read`` go on
+    where those of ``written`` end.
 
     Example:
         >>> x = torch.zeros(8)
         >>> overlapping_pair([x[:4], x[4:], x[2:6]])
         (0, 2)
+        >>> overlapping_pair([x[:4]], [x[4:], x[2:6]])
+        (0, 2)
         >>> overlapping_pair([x[::2], x[1::2]]) is None
         True
     """
+    tensors = [*written, *read]
     spans = []
     for index, tensor in enumerate(tensors):
         if tensor.numel() == 0 or tensor.device.type == "meta":
             continue
-        if not is_dense(tensor) and _may_overlap_itself(tensor):
+        if index < len(written) and not is_dense(tensor) and _may_overlap_itself(tensor):
             return index, index
         begin = tensor.data_ptr()
         spans.append((begin, begin + (_reach(tensor) + 1) * tensor.element_size(), index))
     spans.sort()
-    still_open: list[tuple[int, int]] = []
+    # Of those that reach beyond where the next begins. Two that are read may share anything.
+    open_written: list[tuple[int, int]] = []
+    open_read: list[tuple[int, int]] = []
     for begin, end, index in spans:
-        still_open = [(other_end, other) for other_end, other in still_open if other_end > begin]
-        for _, other in still_open:
+        open_written = [span for span in open_written if span[0] > begin]
+        open_read = [span for span in open_read if span[0] > begin]
+        is_written = index < len(written)
+        for _, other in (*open_written, *(open_read if is_written else ())):
             if not _interleave(tensors[other], tensors[index]):
                 return min(other, index), max(other, index)
-        still_open.append((end, index))
+        (open_written if is_written else open_read).append((end, index))
     return None
 
 

@@ -94,7 +94,7 @@ class _AdamBase(Optimizer):
 
     @property
     def backends_used(self) -> tuple[str, ...]:
-        """Names of the backends that :meth:`step` uses; empty before the first step."""
+        """Names of the backends that parameters were last stepped by; empty before the first."""
         return self._plan.backends_used
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -109,6 +109,9 @@ class _AdamBase(Optimizer):
         index = len(self.param_groups) - 1
         try:
             options = self._options(self.param_groups[index])
+            params = self.param_groups[index]["params"]
+            if len(set(params)) < len(params):
+                raise ValueError(f"params of group {index} lists a parameter twice; list it once")
             for i, param in enumerate(self.param_groups[index]["params"]):
                 check_parameter(param, options, f"params[{i}] of group {index}")
         except Exception:
@@ -168,6 +171,9 @@ class _AdamBase(Optimizer):
             replaced = hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
+        for name in ("state", "param_groups"):
+            if name not in state_dict:
+                raise ValueError(f"load_state_dict: the checkpoint has no {name!r}")
         saved_groups = state_dict["param_groups"]
         groups = merge_groups(self.param_groups, saved_groups)
         for group in groups:
@@ -194,6 +200,12 @@ class _AdamBase(Optimizer):
 
 class _Decoupled(_AdamBase):
     """The signature of :class:`torch.optim.AdamW`."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over groups and state; the decay is decoupled whatever a checkpoint of Adam says."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True
 
     def __init__(
         self,

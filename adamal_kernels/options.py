@@ -10,12 +10,25 @@ from torch import Tensor
 from .backends import check_request
 from .bucket import SecondMoment
 from .hyperparameters import StepScalars, derive_step_scalars
-from .projections import Projection
+from .projections import Projection, is_known_set
 
 __all__ = ["IMPLEMENTATION_OPTIONS", "GroupOptions", "check_options", "read_options"]
 
 IMPLEMENTATION_OPTIONS = ("backend", "fused", "foreach", "capturable", "differentiable")
 """Options that choose how a step is computed, not what: a checkpoint does not overwrite them."""
+
+_NAMES = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "amsgrad",
+    "maximize",
+    "decoupled_weight_decay",
+    "bias_correction",
+    "projection",
+    *IMPLEMENTATION_OPTIONS,
+)
 
 
 class GroupOptions(NamedTuple):
@@ -67,6 +80,11 @@ def check_options(options: dict[str, Any], *, optimizer: str, monotone: bool) ->
         ValueError: an option is out of its range, or options contradict each other.
         NotImplementedError: an option that is part of the surface is not built yet.
     """
+    if missing := [name for name in _NAMES if name not in options]:
+        raise ValueError(
+            f"a param group of {optimizer} has no {missing[0]!r}; set it, or add the group with "
+            "add_param_group, which sets the defaults"
+        )
     _check_number(options["lr"], "lr", "lr >= 0", lambda lr: lr >= 0)
     betas = options["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
@@ -97,8 +115,7 @@ def check_options(options: dict[str, Any], *, optimizer: str, monotone: bool) ->
             "(amsgrad=True) for torch's AMSGrad"
         )
     projection = options["projection"]
-    is_set = isinstance(projection, Projection) and type(projection) is not Projection
-    if projection is not None and not is_set:
+    if projection is not None and not is_known_set(projection):
         raise TypeError(
             f"projection must be a set such as Box(-1, 1) or NonNegative(), or None, "
             f"got {projection!r}"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .backends import Backend, pick
+from .backends import FUSED, Backend, pick
 from .backends.native import NativeBackend
 from .bucket import Bucket, BucketKey, SecondMoment
 from .dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
 from .hyperparameters import StepScalars
-from .layout import empty_dense_like, is_dense, overlapping_pair, same_layout
+from .layout import empty_dense_like, has_memory, is_dense, overlapping_pair, same_layout
 from .options import GroupOptions
 from .steady_state import Binding, bind
 
@@ -81,7 +80,8 @@ class Plan:
             if self._steady_state.step(param_groups, state):
                 return
             self._steady_state = None
-        with torch.no_grad():
+        # Out of inference mode, so that new state is made of ordinary tensors.
+        with torch.inference_mode(False), torch.no_grad():
             self._checked_step(param_groups, state, read_options)
 
     def _checked_step(
@@ -133,11 +133,15 @@ class Plan:
 
         for backend, bucket in buckets.values():
             backend.step(bucket)
+            if backend.name in FUSED:
+                # Written by address: autograd has to be told, to find what it saved changed.
+                torch.autograd.graph.increment_version(bucket.params)
         for write_back in write_backs:
             write_back.source.copy_(write_back.dense)
         if steps:
             torch._foreach_add_(steps, 1)
-        self.backends_used = tuple(sorted({name for name, _ in buckets}))
+        if buckets:
+            self.backends_used = tuple(sorted({name for name, _ in buckets}))
         return staged
 
     @staticmethod
@@ -161,7 +165,10 @@ class Plan:
                     return None
                 bounds = _bounds(group_options, key.dtypes.param)
                 bindings[param] = Binding(backend, key, bounds)
-        return bind(param_groups, options, state, bindings) if bindings else None
+        tensors = [tensor for param in bindings for _, tensor in _named_tensors(param, "", state)]
+        if not bindings or overlapping_pair(tensors) is not None:
+            return None
+        return bind(param_groups, options, state, bindings)
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -178,10 +185,7 @@ def check_parameter(param: Tensor, options: GroupOptions, where: str) -> None:
         ValueError: the projection holds no number of the parameter's type.
         RuntimeError: the named backend cannot run on the parameter's device.
     """
-    if is_traceable_wrapper_subclass(param):
-        raise NotImplementedError(
-            f"{where} is a {type(param).__name__}; tensor subclasses are not supported yet"
-        )
+    _check_is_ordinary(param, where)
     dtype = real_dtype(param.dtype)
     if not any(dtype == pair.param for pair in DTYPE_PAIRS):
         supported = ", ".join(dict.fromkeys(str(pair.param) for pair in DTYPE_PAIRS))
@@ -197,7 +201,7 @@ def check_parameter(param: Tensor, options: GroupOptions, where: str) -> None:
 def new_state(param: Tensor, second_moment: SecondMoment) -> dict[str, Any]:
     """Return the state of a parameter that has not been stepped: torch.optim.Adam's keys."""
     keys = (*MOMENTS, MAX_MOMENT) if second_moment is SecondMoment.AMSGRAD else MOMENTS
-    held: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
+    held: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     for key in keys:
         held[key] = empty_dense_like(param, moment_dtype(param)).zero_()
     return held
@@ -209,14 +213,23 @@ def moment_dtype(param: Tensor) -> torch.dtype:
     return dtype.to_complex() if param.is_complex() else dtype
 
 
+def _check_is_ordinary(tensor: Tensor, what: str) -> None:
+    """Refuse subclasses that answer operators themselves: their own memory is not their value."""
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise NotImplementedError(
+            f"{what} is a {type(tensor).__name__}; tensor subclasses are not supported yet"
+        )
+
+
 def _check_entry(param: Tensor, options: GroupOptions, where: str) -> _Entry:
     grad = param.grad
     assert grad is not None
-    for tensor, what in ((param, where), (grad, f"the gradient of {where}")):
-        if is_traceable_wrapper_subclass(tensor):
-            raise NotImplementedError(
-                f"{what} is a {type(tensor).__name__}; tensor subclasses are not supported yet"
-            )
+    _check_is_ordinary(param, where)
+    _check_is_ordinary(grad, f"the gradient of {where}")
+    if param.is_inference():
+        raise RuntimeError(
+            f"{where} was made in inference mode and cannot be changed; clone() it outside"
+        )
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"the gradient of {where} is sparse ({grad.layout}), which is not supported; use "
@@ -232,6 +245,12 @@ def _check_entry(param: Tensor, options: GroupOptions, where: str) -> _Entry:
             f"the gradient of {where} is on {grad.device}, the parameter on {param.device}; "
             "move one of them"
         )
+    for tensor, what in ((param, where), (grad, f"the gradient of {where}")):
+        if not has_memory(tensor):
+            raise RuntimeError(
+                f"the storage of {what} holds {tensor.untyped_storage().nbytes()} bytes, too few "
+                "for its elements; it has been freed or resized"
+            )
     dtypes = DtypePair(real_dtype(param.dtype), real_dtype(grad.dtype))
     if dtypes not in DTYPE_PAIRS or param.is_complex() != grad.is_complex():
         taken = [pair.grad for pair in DTYPE_PAIRS if pair.param == dtypes.param]
@@ -292,6 +311,11 @@ def _check_state(entry: _Entry, held: Mapping[str, Any]) -> None:
                 f"state[{key!r}] of {where} must be a dense tensor of the parameter's shape "
                 f"{tuple(entry.param.shape)}, got {tensor!r}"
             )
+        if tensor.is_inference() or not has_memory(tensor):
+            raise ValueError(
+                f"state[{key!r}] of {where} was made in inference mode, or its storage has been "
+                "freed; clear the parameter's state to start it anew"
+            )
         if tensor.shape != entry.param.shape:
             raise ValueError(
                 f"state[{key!r}] of {where} must have the parameter's shape "
@@ -304,30 +328,37 @@ def _check_state(entry: _Entry, held: Mapping[str, Any]) -> None:
             )
 
 
+def _named_tensors(
+    param: Tensor, where: str, state: MutableMapping[Tensor, dict[str, Any]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a step writes: the parameter and its state."""
+    yield where, param
+    for key, value in (state.get(param) or {}).items():
+        if key in ("step", *MOMENTS, MAX_MOMENT):
+            yield f"state[{key!r}] of {where}", value
+
+
 def _check_overlaps(
     entries: Sequence[_Entry], state: MutableMapping[Tensor, dict[str, Any]]
 ) -> None:
-    """Tensors that share memory would be written twice at once, in no fixed order."""
-    tensors, names = [], []
-    for entry in entries:
-        tensors.append(entry.param)
-        names.append(entry.where)
-        for key, value in (state.get(entry.param) or {}).items():
-            if key in ("step", *MOMENTS, MAX_MOMENT):
-                tensors.append(value)
-                names.append(f"state[{key!r}] of {entry.where}")
-    pair = overlapping_pair(tensors)
+    """Tensors that share memory would be written at once, in no fixed order."""
+    written = [
+        named for entry in entries for named in _named_tensors(entry.param, entry.where, state)
+    ]
+    read = [(f"the gradient of {entry.where}", entry.grad) for entry in entries]
+    names = [name for name, _ in (*written, *read)]
+    pair = overlapping_pair([t for _, t in written], [t for _, t in read])
     if pair is None:
         return
     first, second = (names[i] for i in pair)
     if first == second:
         raise ValueError(
-            f"{first} has elements that share memory (strides {tensors[pair[0]].stride()}); "
-            "replace it by its clone()"
+            f"{first} has elements that share memory (strides "
+            f"{written[pair[0]][1].stride()}); replace it by its clone()"
         )
     raise ValueError(
-        f"{first} and {second} share memory; tie weights by using one Parameter in both places, "
-        "or replace one tensor by its clone()"
+        f"{first} and {second} share memory, or their strides do not rule it out; tie weights by "
+        "listing one Parameter once, or replace one tensor by its clone()"
     )
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "NonNegative",
     "Projection",
     "Simplex",
+    "is_known_set",
     "projection_from_dict",
     "projection_to_dict",
 ]
@@ -130,7 +131,7 @@ def _round_up(value: float, dtype: torch.dtype) -> float:
     """Return the smallest number of ``dtype`` that is not below ``value``."""
     if math.isinf(value):
         return value
-    rounded = torch.tensor(value, dtype=torch.float64).to(dtype)
+    rounded = torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype)
     if rounded.item() < value:
         bits = rounded.view(_BITS[dtype])
         # One step up is one step away from zero for positive numbers, towards it for negative
@@ -175,6 +176,16 @@ class Simplex(_ComesLater):
 
 
 _SETS: dict[str, type[Projection]] = {cls.__name__: cls for cls in (Box, NonNegative)}
+
+
+def is_known_set(value: object) -> bool:
+    """Whether ``value`` is one of the sets that steps and checkpoints know.
+
+    Example:
+        >>> is_known_set(NonNegative()), is_known_set(Projection())
+        (True, False)
+    """
+    return type(value) in _SETS.values()
 
 
 def projection_to_dict(projection: Projection) -> dict[str, Any]:

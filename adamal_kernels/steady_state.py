@@ -6,6 +6,7 @@ from collections.abc import MutableMapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from .projections import Projection
 
 __all__ = ["Binding", "bind"]
 
-_IMMUTABLE = (float, int, bool, str, type(None), Projection)
+_IMMUTABLE = (float, int, bool, str, type(None), np.generic, Projection)
 
 
 class Binding(NamedTuple):
@@ -47,7 +48,7 @@ def bind(
         None where an option could change without its object changing, such as a list of betas, or
         where a tensor is none that C++ can read by address.
     """
-    if not all(_is_immutable(group) for group in param_groups):
+    if type(param_groups) is not list or not all(map(_is_comparable, param_groups)):
         return None
     extension = import_module("adamal_kernels._C")
     plans: dict[BucketKey, int] = {}
@@ -79,7 +80,10 @@ def bind(
     return steady if steady.bind(state) else None
 
 
-def _is_immutable(group: dict[str, Any]) -> bool:
+def _is_comparable(group: Any) -> bool:
+    """Whether an unchanged group, item by item the same objects, has unchanged options."""
+    if type(group) is not dict or type(group["params"]) is not list:
+        return False
     betas = group["betas"]
     return isinstance(betas, tuple) and all(
         isinstance(value, _IMMUTABLE) for value in (*betas, *(group[name] for name in _COMPARED))

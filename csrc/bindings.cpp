@@ -30,6 +30,26 @@ void check_same_length(size_t expected, size_t found, const char* what) {
   TORCH_CHECK(found == expected, "a bucket of ", expected, " parameters has ", found, " ", what);
 }
 
+// A parameter or a group can refer back to its optimizer: such cycles run through here.
+void collect_garbage(PyHeapTypeObject* heap_type) {
+  PyTypeObject& type = heap_type->ht_type;
+  const auto steady_state = [](PyObject* self) -> SteadyState* {
+    auto holder = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+    return holder.holder_constructed() ? holder.value_ptr<SteadyState>() : nullptr;
+  };
+  static const auto of = steady_state;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    const SteadyState* state = of(self);
+    return state == nullptr ? 0 : state->traverse(visit, arg);
+  };
+  type.tp_clear = [](PyObject* self) {
+    if (SteadyState* state = of(self)) state->clear();
+    return 0;
+  };
+}
+
 // One step of a bucket as adamal_kernels.bucket.Bucket holds it.
 void step(Plan& plan, const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
           const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs, const py::buffer& scalars,
@@ -101,7 +121,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::kw_only(), py::arg("group"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
            py::arg("eps"), py::arg("weight_decay"), py::arg("lower"), py::arg("upper"),
            py::arg("decoupled_weight_decay"), py::arg("maximize"), py::arg("bias_correction"));
-  py::class_<SteadyState>(m, "SteadyState")
+  py::class_<SteadyState>(m, "SteadyState", py::custom_type_setup(collect_garbage))
       .def(py::init<const py::list&, const py::dict&, const std::vector<std::optional<Membership>>&,
                     std::vector<BoundOptions>, std::vector<std::shared_ptr<Plan>>, at::Tensor>(),
            py::arg("groups"), py::arg("state"), py::arg("members"), py::arg("options"),

@@ -38,7 +38,7 @@ const StateKeys& state_keys() {
 }
 
 // Larger counts, and those that are no numbers, are refused by the check in Python.
-constexpr float kMostSteps = 1e15f;
+constexpr float kMostSteps = 1e12f;
 
 // A gradient without elements may have no address, and yet counts as one.
 const char kEmptyGradient = 0;
@@ -63,6 +63,13 @@ void set_types(caffe2::TypeMeta (&types)[2], at::ScalarType real) {
   if (real != at::kBFloat16) types[1] = c10::scalarTypeToTypeMeta(c10::toComplexType(real));
 }
 
+// Whether the storage of a dense tensor has not been freed or shrunk.
+inline bool has_memory(const c10::TensorImpl& tensor) {
+  const size_t elements = tensor.storage_offset() + tensor.numel();
+  return tensor.numel() == 0 ||
+         tensor.unsafe_storage().nbytes() >= elements * tensor.dtype().itemsize();
+}
+
 // Whether a parameter's gradient or moment is an ordinary tensor (not sparse, lazily conjugated or
 // of a subclass) of the type, on the parameter's device, each element where the parameter's is.
 inline bool belongs_to(const c10::TensorImpl& param, const c10::TensorImpl& tensor,
@@ -73,7 +80,7 @@ inline bool belongs_to(const c10::TensorImpl& param, const c10::TensorImpl& tens
   }
   const auto sizes = param.sizes(), found = tensor.sizes();
   const size_t dims = sizes.size();
-  if (found.size() != dims) return false;
+  if (found.size() != dims || !has_memory(tensor)) return false;
   for (size_t i = 0; i < dims; ++i) {
     if (found[i] != sizes[i]) return false;
   }
@@ -95,8 +102,13 @@ void prefetch_bytes(const void* address, size_t bytes) {
 // The number in `object` if it lies in [0, below), else NaN.
 double number_in_range(PyObject* object, double below) {
   constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
-  if (!PyFloat_CheckExact(object)) return kNone;
-  const double number = PyFloat_AS_DOUBLE(object);
+  double number = kNone;
+  if (PyFloat_Check(object)) {
+    number = PyFloat_AS_DOUBLE(object);
+  } else if (PyLong_CheckExact(object)) {
+    number = PyLong_AsDouble(object);
+    if (PyErr_Occurred()) PyErr_Clear();  // too large: -1, out of every range
+  }
   return number >= 0 && number < below ? number : kNone;
 }
 
@@ -164,7 +176,7 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
     }
   }
   TORCH_CHECK(next_options == options_.size(), "options must be sorted by group");
-  TORCH_CHECK(steps_.is_contiguous() && steps_.scalar_type() == at::kFloat &&
+  TORCH_CHECK(steps_.is_cpu() && steps_.is_contiguous() && steps_.scalar_type() == at::kFloat &&
                   steps_.numel() == static_cast<int64_t>(members_.size()),
               "steps must be one float32 for each parameter with state");
   counts_ = steps_.mutable_data_ptr<float>();
@@ -199,6 +211,26 @@ SteadyState::Item SteadyState::classify(const py::handle& key) {
   return found == items.end() ? Item::ignored : found->second;
 }
 
+int SteadyState::traverse(visitproc visit, void* arg) const {
+  for (const Param& param : params_) Py_VISIT(param.object.ptr());
+  for (const Group& group : groups_) {
+    Py_VISIT(group.dict.ptr());
+    for (const GroupItem& item : group.items) {
+      Py_VISIT(item.key.ptr());
+      Py_VISIT(item.value.ptr());
+    }
+  }
+  return 0;
+}
+
+void SteadyState::clear() {
+  // Moved out first: what is released here may call back into Python.
+  const auto params = std::exchange(params_, {});
+  const auto groups = std::exchange(groups_, {});
+  members_.clear();
+  state_.clear();
+}
+
 bool SteadyState::bind(const py::handle& state) {
   std::vector<std::vector<TensorEntry>> entries(plans_.size());
   for (size_t i = 0; i < plans_.size(); ++i) entries[i].resize(plans_[i].grads.size());
@@ -222,16 +254,16 @@ bool SteadyState::step(const py::handle& groups, const py::handle& state) {
   for (PlanStep& step : plans_) step.has_grads = false;
   if (!check_groups(groups.ptr()) || !check_state(state.ptr())) return false;
   find_rows();
-  {
-    const py::gil_scoped_release no_gil;
-    for (PlanStep& step : plans_) {
-      if (!step.has_grads) continue;
-      step.plan->step(step.grads, step.rows, scalars_.data(),
-                      static_cast<int64_t>(scalars_.size()));
-    }
+  // The GIL is kept: only it holds the tensors whose addresses are used here.
+  for (PlanStep& step : plans_) {
+    if (!step.has_grads) continue;
+    step.plan->step(step.grads, step.rows, scalars_.data(), static_cast<int64_t>(scalars_.size()));
   }
   for (size_t i = 0; i < members_.size(); ++i) {
-    if (plans_[members_[i].plan].grads[members_[i].slot] != nullptr) counts_[i] += 1;
+    if (plans_[members_[i].plan].grads[members_[i].slot] == nullptr) continue;
+    counts_[i] += 1;
+    // Written by address: autograd has to be told, to find what it saved changed.
+    THPVariable_Unpack(members_[i].param).unsafeGetTensorImpl()->bump_version();
   }
   return true;
 }
@@ -375,7 +407,8 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
   const PlanStep& step = plans_[member.plan];
   Footprint& footprint = footprints_[index];
   c10::TensorImpl& param = *THPVariable_Unpack(member.param).unsafeGetTensorImpl();
-  if (param.dtype() != step.param_types[member.is_complex] ||
+  if (param.key_set().has(c10::DispatchKey::Python) || param.is_inference() || !has_memory(param) ||
+      param.dtype() != step.param_types[member.is_complex] ||
       param.device() != step.plan->device() || !param.is_non_overlapping_and_dense()) {
     return false;
   }
@@ -428,6 +461,8 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
   if (gradient.defined()) {
     const c10::TensorImpl& tensor = *gradient.unsafeGetTensorImpl();
     if (!belongs_to(param, tensor, step.grad_types[member.is_complex])) return false;
+    // Read while it is written: the check in Python says what to do.
+    if (tensor.unsafe_storage().unsafeGetStorageImpl() == footprint.storages[0]) return false;
     *grad = entry->numel == 0 ? &kEmptyGradient : tensor.data();
   }
   return true;

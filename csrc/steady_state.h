@@ -47,6 +47,10 @@ class SteadyState {
   // Steps every parameter that has a gradient, or returns false and has changed nothing.
   bool step(const pybind11::handle& groups, const pybind11::handle& state);
 
+  // For Python's garbage collector. A cleared one finds nothing as it was.
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
+
   size_t plan_count() const { return plans_.size(); }
   // Distinct rows of scalars in the last step.
   size_t row_count() const { return scalars_.size(); }

@@ -7,11 +7,6 @@ import torch
 from support import DEVICES, PLACES, Place
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Declare the markers."""
-    config.addinivalue_line("markers", "gpu: runs on a CUDA device")
-
-
 # Session scope, as hypothesis asks of fixtures that all examples of a test share.
 @pytest.fixture(scope="session", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:

@@ -333,18 +333,3 @@ def test_a_step_tensor_is_a_view_of_one_pack() -> None:
     storages = {optimizer.state[p]["step"].untyped_storage().data_ptr() for p in pair.params[0]}
     assert len(storages) == 1
     assert [optimizer.state[p]["step"].item() for p in pair.params[0]] == [2.0] * len(SHAPES)
-
-
-def test_parameters_are_released_with_the_optimizer() -> None:
-    import gc
-    import weakref
-
-    p = torch.ones(4, requires_grad=True)
-    optimizer = AdamAL([p], backend="cpu")
-    for _ in range(2):
-        p.grad = torch.ones(4)
-        optimizer.step()
-    alive = weakref.ref(p)
-    del optimizer, p
-    gc.collect()
-    assert alive() is None

@@ -37,7 +37,10 @@ class ForeachBackend:
     def step(self, bucket: Bucket) -> None:
         """See :class:`adamal_kernels.backends.Backend`."""
         dtype = compute_dtype(bucket.key.dtypes.param)
-        table = [StepScalars(*row) for row in torch.tensor(bucket.scalars, dtype=dtype).tolist()]
+        table = [
+            StepScalars(*row)
+            for row in torch.tensor(bucket.scalars, dtype=dtype, device="cpu").tolist()
+        ]
         rows = [table[row] for row in bucket.rows]
 
         grads = torch._foreach_mul(
@@ -59,7 +62,7 @@ class ForeachBackend:
         denominators = self._second_moments(bucket, grads, rows)
         denominators = [rounded_sqrt(v) for v in denominators]
         # By tensors: eager CUDA divides by a number by multiplying by its reciprocal.
-        divisors = torch.tensor([row.bias2_sqrt for row in rows], dtype=dtype)
+        divisors = torch.tensor([row.bias2_sqrt for row in rows], dtype=dtype, device="cpu")
         torch._foreach_div_(denominators, list(divisors.to(bucket.key.device).unbind()))
         torch._foreach_add_(denominators, [row.eps for row in rows])
 

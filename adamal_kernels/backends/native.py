@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from array import array
 from importlib import import_module
 from typing import Any
@@ -15,6 +16,10 @@ from ..dtypes import DTYPE_PAIRS
 __all__ = ["CpuBackend", "CudaBackend", "NativeBackend"]
 
 
+# Asked for every parameter that is checked, and the same for as long as the process lives.
+_why_not_importable = functools.cache(why_not_importable)
+
+
 class NativeBackend:
     """A backend whose plan (``csrc/plan.h``) binds the tensors' addresses and launches."""
 
@@ -25,7 +30,7 @@ class NativeBackend:
         """See :class:`adamal_kernels.backends.Backend`."""
         if device.type not in self.device_types:
             return f"it serves {self.device_types[0]} tensors, these are on {device}"
-        return why_not_importable("_C")
+        return _why_not_importable("_C")
 
     def unsupported(self, key: BucketKey) -> str | None:
         """See :class:`adamal_kernels.backends.Backend`."""
@@ -74,7 +79,7 @@ class CudaBackend(NativeBackend):
 
     def unavailable(self, device: torch.device) -> str | None:
         """See :class:`adamal_kernels.backends.Backend`."""
-        if reason := super().unavailable(device) or why_not_importable("_cuda"):
+        if reason := super().unavailable(device) or _why_not_importable("_cuda"):
             return reason
         if torch.version.hip is not None:
             return "it is written for NVIDIA GPUs; on AMD GPUs use backend='triton'"

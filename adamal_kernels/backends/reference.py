@@ -77,7 +77,7 @@ def _step_tensor(
 ) -> None:
     dtype = compute_dtype(param.dtype)
     # Tensors, not Python numbers: eager CUDA divides by a number by multiplying by its reciprocal.
-    s = StepScalars(*torch.tensor(scalars, dtype=dtype).to(param.device).unbind())
+    s = StepScalars(*torch.tensor(scalars, dtype=dtype, device="cpu").to(param.device).unbind())
 
     g = grad.to(dtype) * s.grad_sign
     p = param.to(dtype)

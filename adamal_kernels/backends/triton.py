@@ -118,7 +118,7 @@ class _Launcher:
             if members:
                 items = _work_items(members, entries, self._kernels.BLOCK)
                 launches.append((wanted, self._upload(items)))
-        tensors = self._upload(torch.tensor(entries, dtype=torch.int64))
+        tensors = self._upload(torch.tensor(entries, dtype=torch.int64, device="cpu"))
         return _Binding(entries, aligned, stream, tensors, launches)
 
     def _upload_inputs(
@@ -126,8 +126,8 @@ class _Launcher:
     ) -> tuple[Tensor, Tensor]:
         """Upload what moves in every step, in one copy: gradients, rows and scalars."""
         dtype = compute_dtype(self._key.dtypes.param)
-        inputs = torch.tensor(list(zip(grads, rows, strict=True)), dtype=torch.int64)
-        table = torch.tensor(scalars, dtype=dtype)
+        inputs = torch.tensor(list(zip(grads, rows, strict=True)), dtype=torch.int64, device="cpu")
+        table = torch.tensor(scalars, dtype=dtype, device="cpu")
         split = inputs.nbytes
         # Rows of `inputs` are 16 bytes, so `scalars` stays as aligned as Triton specialises for.
         packed = torch.cat([inputs.view(-1).view(torch.uint8), table.view(-1).view(torch.uint8)])
@@ -166,10 +166,10 @@ def _entries(bucket: Bucket) -> list[TensorEntry]:
 
 def _work_items(members: list[int], entries: list[TensorEntry], block: int) -> Tensor:
     """Return int32 ``[item, 2]``: every block of the tensors numbered ``members``, in order."""
-    blocks = torch.tensor([-(-entries[i].numel // block) for i in members])
-    tensors = torch.tensor(members).repeat_interleave(blocks)
+    blocks = torch.tensor([-(-entries[i].numel // block) for i in members], device="cpu")
+    tensors = torch.tensor(members, device="cpu").repeat_interleave(blocks)
     firsts = (blocks.cumsum(0) - blocks).repeat_interleave(blocks)
-    chunks = torch.arange(len(tensors)) - firsts
+    chunks = torch.arange(len(tensors), device="cpu") - firsts
     return torch.stack([tensors, chunks], dim=1).to(torch.int32)
 
 
