@@ -339,7 +339,7 @@ class Adam(_AdamBase):
     """:class:`torch.optim.Adam` through the same kernels, within rounding of torch's own.
 
     The honest partner of an A/B comparison: the same step as :class:`AdamAL` but for
-    ``v = v + (1 - beta2) * (g*g - v)``. Differs from torch's in the order of roundings, in that
+    ``v = beta2 * v + (1 - beta2) * g*g``. Differs from torch's in the order of roundings, in that
     16-bit parameters keep float32 moments, and in the additional options.
 
     Args:

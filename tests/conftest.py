@@ -6,6 +6,15 @@ import pytest
 import torch
 from support import DEVICES, PLACES, Place
 
+try:
+    from hypothesis import settings
+except ImportError:  # Machines lent for their GPU may lack it; the tests that need it say so.
+    pass
+else:
+    # A busy machine is no failure.
+    settings.register_profile("suite", deadline=None)
+    settings.load_profile("suite")
+
 
 # Session scope, as hypothesis asks of fixtures that all examples of a test share.
 @pytest.fixture(scope="session", params=DEVICES)

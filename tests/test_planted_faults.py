@@ -1,0 +1,459 @@
+"""The suite can fail: it catches each of many one-line faults, planted in a copy."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import test_native_walk as walk
+from forked_pytest import ROOT, run_pytest
+from native_harness import Harness, HarnessError, build_harness
+
+from adamal_kernels.bucket import SecondMoment
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A line that becomes wrong."""
+
+    file: str
+    right: str
+    wrong: str
+
+    def plant(self, folder: Path) -> None:
+        """Make the line wrong in ``folder``; it is still there, once, or the fault is stale."""
+        path = folder / self.file
+        text = path.read_text()
+        assert text.count(self.right) == 1, f"{self.right!r} is in {self.file} not exactly once"
+        path.write_text(text.replace(self.right, self.wrong))
+
+
+# What catches faults in csrc: the checks of test_native_walk.py.
+
+
+def formula(harness: Harness) -> None:
+    for backend in walk.BACKENDS:
+        walk.test_formula(harness, backend)
+
+
+def zero_over_zero(harness: Harness) -> None:
+    for backend in walk.BACKENDS:
+        walk.test_zero_over_zero_leaves_the_parameter(harness, backend, SecondMoment.MONOTONE)
+
+
+def cpu_chunks(harness: Harness) -> None:
+    walk.test_sizes_about_cpu_chunks(harness, harness.info())
+
+
+def cuda_sizes(harness: Harness) -> None:
+    walk.test_sizes_about_vectors_and_chunks(harness, harness.info(), "step_cuda")
+
+
+def cuda_misaligned(harness: Harness) -> None:
+    walk.test_misaligned_streams(harness, harness.info(), "step_cuda")
+
+
+def cuda_without_gradient(harness: Harness) -> None:
+    walk.test_tensors_without_gradient(harness, "step_cuda")
+
+
+def cuda_unchanged_v(harness: Harness) -> None:
+    for second_moment in (SecondMoment.MONOTONE, SecondMoment.AMSGRAD):
+        walk.test_cuda_walk_does_not_store_what_did_not_change(
+            harness, harness.info(), second_moment
+        )
+
+
+def launches(harness: Harness) -> None:
+    walk.test_launches_split_where_their_parameters_are_full(harness, harness.info(), 0)
+
+
+def encoding(harness: Harness) -> None:
+    for code, dtype in walk.SIXTEEN_BIT:
+        walk.test_encode(harness, code, dtype)
+
+
+Check = Callable[[Harness], None]
+
+MATH, WALK = "csrc/adamal_math.h", "csrc/multi_tensor.h"
+LAUNCH, CPU, STORAGE = "csrc/launch_params.h", "csrc/step_cpu.cpp", "csrc/storage.h"
+
+# Name -> the fault, and what catches it without sanitizers.
+NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
+    "the clamp is flipped": (
+        Fault(MATH, "stepped < s.lower ? s.lower", "stepped > s.lower ? s.lower"),
+        formula,
+    ),
+    "v takes a NaN": (
+        Fault(
+            MATH,
+            "v = g2 > v ? v + s.one_minus_beta2 * (g2 - v) : v;",
+            "v = g2 <= v ? v : v + s.one_minus_beta2 * (g2 - v);",
+        ),
+        formula,
+    ),
+    "the monotone v is a sum of two products": (
+        Fault(
+            MATH,
+            "g2 > v ? v + s.one_minus_beta2 * (g2 - v)",
+            "g2 > v ? s.beta2 * v + s.one_minus_beta2 * g2",
+        ),
+        formula,
+    ),
+    "the denominator is not amsgrad's": (
+        Fault(MATH, "sqrt(denominator_sq)", "sqrt(v)"),
+        formula,
+    ),
+    "zero is divided by zero": (
+        Fault(MATH, "(d == T(0) && m == T(0)) ? T(0) : m / d", "m / d"),
+        zero_over_zero,
+    ),
+    "no bias correction of v": (
+        Fault(MATH, "sqrt(1.0 - beta_power(options.beta2, step))", "1.0"),
+        walk.test_scalars_are_those_of_python,
+    ),
+    "the ragged tail is dropped": (
+        Fault(
+            WALK,
+            "i = thread * kWidth; i < chunk.count;",
+            "i = thread * kWidth; i + kWidth <= chunk.count;",
+        ),
+        cuda_sizes,
+    ),
+    "a chunk ends one element early": (
+        Fault(
+            WALK,
+            "min_of(tensor.numel - offset, kCudaChunk<T>)",
+            "min_of(tensor.numel - offset, kCudaChunk<T> - 1)",
+        ),
+        cuda_sizes,
+    ),
+    "the last word of a vector is not compared": (
+        Fault(WALK, "(a.word[3] ^ b.word[3])", "(a.word[2] ^ b.word[2])"),
+        cuda_sizes,
+    ),
+    "v is stored where it did not grow": (
+        Fault(
+            WALK,
+            "exp_avg_sq[i].store_changed(chunk.exp_avg_sq + offset, old_exp_avg_sq);",
+            "exp_avg_sq[i].store(chunk.exp_avg_sq + offset);",
+        ),
+        cuda_unchanged_v,
+    ),
+    "the gradient's alignment is not checked": (
+        Fault(WALK, " | reinterpret_cast<uintptr_t>(grad) |", " |"),
+        cuda_misaligned,
+    ),
+    "every tensor takes the first row": (
+        Fault(WALK, "params.scalars[params.rows[slot]]", "params.scalars[params.rows[0]]"),
+        cuda_sizes,
+    ),
+    "a later launch takes the first one's gradients": (
+        Fault(WALK, "slot = item.tensor - params.first_tensor", "slot = item.tensor"),
+        launches,
+    ),
+    "a later launch keeps the last one's rows": (
+        Fault(LAUNCH, "slot_of_row_[row] = kNoSlot;", "slot_of_row_[row] = slot_of_row_[row];"),
+        launches,
+    ),
+    "a launch takes a tensor too many": (
+        Fault(
+            LAUNCH,
+            "tensor_count_ == Params::kTensorCapacity",
+            "tensor_count_ > Params::kTensorCapacity",
+        ),
+        launches,
+    ),
+    "the items of a tensor at rest are not passed over": (
+        Fault(LAUNCH, "item_ += item_count(tensor_);", ""),
+        cuda_without_gradient,
+    ),
+    "CPU chunks overlap": (
+        Fault(CPU, "item.chunk * kCpuChunk", "item.chunk * (kCpuChunk - 1)"),
+        cpu_chunks,
+    ),
+    "ties are rounded away from zero": (
+        Fault(STORAGE, "bits + 0x7fff + ((bits >> 16) & 1)", "bits + 0x8000"),
+        encoding,
+    ),
+}
+
+BEYOND_THE_END = Fault(WALK, "if (i + kWidth <= chunk.count)", "if (i < chunk.count)")
+"""What only the sanitizers see: a vector that reaches beyond a tensor's end."""
+
+
+# Name -> the fault, and the test that catches it.
+PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
+    "no bias correction": (
+        Fault(
+            "adamal_kernels/hyperparameters.py",
+            "bias2_sqrt = math.sqrt(1.0 - beta_power(beta2, step))",
+            "bias2_sqrt = 1.0",
+        ),
+        "test_hyperparameters.py::test_bias_corrections_are_of_beta_power",
+    ),
+    "one count for all parameters": (
+        Fault("adamal_kernels/plan.py", 'int(held["step"].item()) + 1', "int(steps[0].item()) + 1"),
+        "test_plan.py::test_counts_are_each_parameters_own",
+    ),
+    "the gradient's strides are ignored": (
+        Fault(
+            "adamal_kernels/plan.py",
+            "dense_grad = _with_layout(grad, pattern)",
+            "dense_grad = grad",
+        ),
+        "test_plan.py::test_layouts_change_no_bit[cpu-cpu-contiguous-float32]",
+    ),
+    "the wrong tensor is written back": (
+        Fault(
+            "adamal_kernels/plan.py",
+            "write_back.source.copy_(write_back.dense)",
+            "write_back.dense.copy_(write_back.source)",
+        ),
+        "test_plan.py::test_layouts_change_no_bit[cpu-cpu-strided-float32]",
+    ),
+    "replaced state is not checked": (
+        Fault(
+            "adamal_kernels/plan.py",
+            "                _check_state(entry, held)",
+            "                pass",
+        ),
+        "test_bad_input.py::test_replaced_state",
+    ),
+    "steps repeated by C++ are not clamped": (
+        Fault("adamal_kernels/steady_state.py", "upper=bounds[1]", 'upper=float("inf")'),
+        "test_steady_state.py::test_is_taken_over_without_python",
+    ),
+    "bounds are rounded outward": (
+        Fault(
+            "adamal_kernels/projections.py",
+            "upper = -_round_up(-self.hi, dtype) + 0.0",
+            "upper = _round_up(self.hi, dtype) + 0.0",
+        ),
+        "test_projections.py::test_upper_bound_examples",
+    ),
+    "a step with lr=0 projects": (
+        Fault("adamal_kernels/options.py", "if self.lr == 0:", "if self.lr < 0:"),
+        "test_algorithm1.py::test_lr_zero_does_not_project",
+    ),
+    "loaded moments are cast to the parameter's type": (
+        Fault(
+            "adamal_kernels/checkpoint.py",
+            "empty_dense_like(param, value.dtype)",
+            "empty_dense_like(param, param.dtype)",
+        ),
+        "test_checkpoint.py::test_every_bit_returns[cpu-cpu-monotone-bfloat16]",
+    ),
+    "a checkpoint overwrites the backend": (
+        Fault(
+            "adamal_kernels/checkpoint.py",
+            "group[name] = ours[name]",
+            "group.setdefault(name, ours[name])",
+        ),
+        "test_checkpoint.py::test_how_to_compute_is_not_overwritten",
+    ),
+    "the closure runs without gradients": (
+        Fault("adamal_kernels/optimizer.py", "with torch.enable_grad():", "with torch.no_grad():"),
+        "test_optimizer.py::test_closure_is_called_once_with_gradients_enabled",
+    ),
+    "the reference's monotone v is a sum of two products": (
+        Fault(
+            "adamal_kernels/backends/reference.py",
+            "v = exp_avg_sq + s.one_minus_beta2 * (g2 - exp_avg_sq)",
+            "v = s.beta2 * exp_avg_sq + s.one_minus_beta2 * g2",
+        ),
+        "test_backends.py::test_cases[float32-monotone-cpu-cpu]",
+    ),
+    "the reference's v takes a NaN": (
+        Fault(
+            "adamal_kernels/backends/reference.py",
+            "torch.where(g2 > exp_avg_sq, v, exp_avg_sq)",
+            "torch.where(g2 <= exp_avg_sq, exp_avg_sq, v)",
+        ),
+        "test_backends.py::test_cases[float32-monotone-cpu-cpu]",
+    ),
+    "foreach clamps a NaN": (
+        Fault(
+            "adamal_kernels/backends/foreach.py",
+            "torch.where(p < lower, lower, torch.where(p > upper, upper, p))",
+            "torch.where(p >= lower, torch.where(p > upper, upper, p), lower)",
+        ),
+        "test_backends.py::test_cases[float32-monotone-foreach-cpu]",
+    ),
+    "foreach divides zero by zero": (
+        Fault(
+            "adamal_kernels/backends/foreach.py",
+            "torch.where((m == 0) & (d == 0), 0.0, quotients[i])",
+            "quotients[i]",
+        ),
+        "test_algorithm1.py::test_zero_by_zero_stays",
+    ),
+    "verify finds nothing": (
+        Fault(
+            "adamal_kernels/verify.py",
+            "return not any(outcome.mismatches",
+            "return True or any(outcome.mismatches",
+        ),
+        "test_cli.py::test_a_planted_mismatch_is_named[params-param]",
+    ),
+}
+
+TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
+    "m is stored beyond the tail": (
+        Fault(
+            "adamal_kernels/backends/triton_kernels.py",
+            "tl.store(exp_avg, m, mask)",
+            "tl.store(exp_avg, m)",
+        ),
+        "test_triton_interpreter.py::test_sizes[17]",
+    ),
+    "v is stored beyond the tail": (
+        Fault("adamal_kernels/backends/triton_kernels.py", "grown = grown & mask", "grown = grown"),
+        "test_triton_interpreter.py::test_sizes[17]",
+    ),
+    "v is stored where it did not grow": (
+        Fault(
+            "adamal_kernels/backends/triton_kernels.py",
+            "tl.store(exp_avg_sq, v, grown)",
+            "tl.store(exp_avg_sq, v, mask)",
+        ),
+        "test_triton_compile.py::test_sm_90[float32-float32-monotone]",
+    ),
+    "the alignment is not told": (
+        Fault(
+            "adamal_kernels/backends/triton_kernels.py",
+            "first = tl.multiple_of(first, _VECTOR_BYTES)",
+            "first = first",
+        ),
+        "test_triton_compile.py::test_sm_90[float32-float32-monotone]",
+    ),
+    "the pointer table is stale": (
+        Fault(
+            "adamal_kernels/backends/triton.py",
+            "self._binding is None or not self._binding.holds(entries, aligned, stream)",
+            "self._binding is None",
+        ),
+        "test_triton_interpreter.py::test_tables_follow_the_tensors",
+    ),
+    "every gradient is taken for aligned": (
+        Fault("adamal_kernels/backends/triton.py", "| grad) % _ALIGNMENT", ") % _ALIGNMENT"),
+        "test_triton_interpreter.py::test_work_is_complete_and_alignment_true",
+    ),
+}
+
+
+def native_verdict(fault: Fault | None, checks: list[Check], *, sanitize: bool = False) -> str:
+    """Return what ``checks`` say of the kernels with ``fault``; nothing if they let them pass."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        if fault is not None:
+            fault.plant(folder)
+        harness = build_harness(folder / "csrc", sanitize=sanitize, build_dir=folder)
+        try:
+            for check in checks:
+                check(harness)
+        except (AssertionError, HarnessError) as caught:
+            return str(caught) or repr(caught)
+    return ""
+
+
+def python_verdict(fault: Fault | None, tests: list[str]) -> tuple[int | None, str]:
+    """Return pytest's exit status and output on the package with ``fault``."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "adamal_kernels", folder / "adamal_kernels", ignore=ignored)
+        if fault is not None:
+            fault.plant(folder)
+        return run_pytest(folder, [f"tests/{test}" for test in tests])
+
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+Verdict = Callable[[], Any]
+
+
+def of_each(verdict: Callable[..., Any], faults: Mapping[str, tuple[Fault, Any]]) -> Any:
+    """Parametrize a test by the verdict on each fault alone."""
+    values = [
+        pytest.param(partial(verdict, fault, [caught_by]), id=name)
+        for name, (fault, caught_by) in faults.items()
+    ]
+    return pytest.mark.parametrize("verdict", values)
+
+
+def of_all(verdict: Callable[..., Any], faults: Mapping[str, tuple[Fault, Any]]) -> Any:
+    """Parametrize a test by the verdict on an unchanged copy, of all that catches the faults."""
+    all_checks = list(dict.fromkeys(caught_by for _, caught_by in faults.values()))
+    return pytest.mark.parametrize(
+        "verdict", [pytest.param(partial(verdict, None, all_checks), id="all")]
+    )
+
+
+@pytest.fixture(scope="module")
+def verdicts(request: pytest.FixtureRequest) -> Iterator[dict[Verdict, Future[Any]]]:
+    """The verdicts that the selected tests ask for, found two at a time ahead of them."""
+    specs = [getattr(item, "callspec", None) for item in request.session.items]
+    mine = [spec.params["verdict"] for spec in specs if spec and "verdict" in spec.params]
+    with ThreadPoolExecutor(2) as pool:
+        yield {verdict: pool.submit(verdict) for verdict in mine}
+        pool.shutdown(cancel_futures=True)
+
+
+Verdicts = dict[Verdict, Future[Any]]
+
+
+@of_all(native_verdict, NATIVE_FAULTS)
+def test_unchanged_kernels_pass(verdict: Verdict, verdicts: Verdicts) -> None:
+    assert verdicts[verdict].result() == ""
+
+
+@of_all(python_verdict, PYTHON_FAULTS)
+def test_unchanged_package_passes(verdict: Verdict, verdicts: Verdicts) -> None:
+    status, output = verdicts[verdict].result()
+    assert status == 0, output
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [partial(native_verdict, BEYOND_THE_END, [cuda_sizes], sanitize=True)],
+    ids=["beyond the end"],
+)
+def test_sanitizers_catch(verdict: Verdict, verdicts: Verdicts) -> None:
+    assert "AddressSanitizer" in verdicts[verdict].result()
+
+
+@needs_triton
+@of_all(python_verdict, TRITON_FAULTS)
+def test_unchanged_triton_kernels_pass(verdict: Verdict, verdicts: Verdicts) -> None:
+    test_unchanged_package_passes(verdict, verdicts)
+
+
+@of_each(native_verdict, NATIVE_FAULTS)
+def test_native_fault_is_caught(verdict: Verdict, verdicts: Verdicts) -> None:
+    assert verdicts[verdict].result() != "", "the tests let it pass"
+
+
+@of_each(python_verdict, PYTHON_FAULTS)
+def test_python_fault_is_caught(verdict: Verdict, verdicts: Verdicts) -> None:
+    """By a test that fails; an error before it ran would be none of its doing."""
+    status, output = verdicts[verdict].result()
+    assert status == 1, output
+    assert re.search(r"^FAILED ", output, re.MULTILINE), output
+    assert not re.search(r"^ERROR ", output, re.MULTILINE), output
+
+
+@needs_triton
+@of_each(python_verdict, TRITON_FAULTS)
+def test_triton_fault_is_caught(verdict: Verdict, verdicts: Verdicts) -> None:
+    test_python_fault_is_caught(verdict, verdicts)
