@@ -10,8 +10,9 @@
 namespace adamal {
 namespace {
 
-// Fewer elements than this are stepped faster by one thread than shared out.
-constexpr int64_t kParallelElements = 32768;
+// A thread's least share, about 0.1 ms: less is done before another thread, on a busy machine, has
+// so much as begun.
+constexpr int64_t kParallelElements = 262144;
 // What a work item costs besides its elements, in elements: look-ups and the loop's ends.
 constexpr int64_t kItemOverhead = 64;
 

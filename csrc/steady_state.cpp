@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <utility>
@@ -90,6 +91,14 @@ inline bool belongs_to(const c10::TensorImpl& param, const c10::TensorImpl& tens
     if (sizes[i] != 1 && found_strides[i] != strides[i]) return false;
   }
   return true;
+}
+
+// The counter's address, which the class keeps to itself: to prefetch, never to follow.
+const void* counter_of(const c10::VariableVersion& version) {
+  static_assert(sizeof(version) == sizeof(void*));
+  const void* counter;
+  std::memcpy(&counter, static_cast<const void*>(&version), sizeof(counter));
+  return counter;
 }
 
 void prefetch_bytes(const void* address, size_t bytes) {
@@ -379,6 +388,7 @@ void SteadyState::prefetch(size_t state_index) const {
   if (const int64_t member = member_at(state_index + kFarAhead); member >= 0) {
     const Footprint& footprint = footprints_[member];
     prefetch_bytes(footprint.values, sizeof(PyDictObject));
+    __builtin_prefetch(footprint.version_counter, 1);
     prefetch_bytes(footprint.autograd_meta, sizeof(torch::autograd::AutogradMeta));
     for (int i = 0; i < Footprint::kTensors; ++i) {
       if (footprint.tensors[i] == nullptr) continue;
@@ -416,6 +426,7 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
             param.numel() * (member.is_complex ? 2 : 1)};
   footprint.values = values;
   footprint.autograd_meta = param.autograd_meta();
+  footprint.version_counter = counter_of(param.version_counter());
   footprint.objects[0] = member.param;
   footprint.tensors[0] = &param;
   footprint.storages[0] = param.unsafe_storage().unsafeGetStorageImpl();

@@ -88,6 +88,7 @@ class SteadyState {
     static constexpr int kTensors = 5;  // parameter, moments, step
     const void* values = nullptr;
     const void* autograd_meta = nullptr;
+    const void* version_counter = nullptr;
     const void* objects[kTensors] = {};
     const c10::TensorImpl* tensors[kTensors] = {};
     const c10::StorageImpl* storages[kTensors] = {};

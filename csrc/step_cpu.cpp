@@ -58,24 +58,60 @@ ADAMAL_MULTIVERSIONED void step_span(Param* __restrict param, const Grad* __rest
   }
 }
 
+// The streams of one work item; grad is null where the tensor has none.
+template <typename Param, typename Grad, typename T>
+struct Span {
+  Param* param;
+  const Grad* grad;
+  T* exp_avg;
+  T* exp_avg_sq;
+  T* max_exp_avg_sq;
+  int64_t count;
+
+  Span(const Bucket& bucket, WorkItem item) : grad(nullptr) {
+    const TensorEntry& tensor = bucket.tensors[item.tensor];
+    const int64_t offset = item.chunk * kCpuChunk;
+    param = static_cast<Param*>(tensor.param) + offset;
+    if (const void* first = bucket.grads[item.tensor]) {
+      grad = static_cast<const Grad*>(first) + offset;
+    }
+    exp_avg = static_cast<T*>(tensor.exp_avg) + offset;
+    exp_avg_sq = static_cast<T*>(tensor.exp_avg_sq) + offset;
+    max_exp_avg_sq = tensor.max_exp_avg_sq == nullptr
+                         ? nullptr
+                         : static_cast<T*>(tensor.max_exp_avg_sq) + offset;
+    count = std::min(kCpuChunk, tensor.numel - offset);
+  }
+
+  void prefetch_start() const {
+    __builtin_prefetch(param, 1);
+    __builtin_prefetch(grad);
+    __builtin_prefetch(exp_avg, 1);
+    __builtin_prefetch(exp_avg_sq, 1);
+    if (max_exp_avg_sq != nullptr) __builtin_prefetch(max_exp_avg_sq, 1);
+  }
+};
+
 template <SecondMoment kSecondMoment, typename Param, typename Grad>
 void step_items(const Bucket& bucket, int64_t first_item, int64_t last_item) {
   using T = ComputeType<Param>;
+  // Small tensors lie anywhere: the next ones are fetched while these are stepped.
+  constexpr int64_t kItemsAhead = 8;
+  StepScalars<T> scalars;
+  int64_t scalars_row = -1;
   for (int64_t i = first_item; i < last_item; ++i) {
-    const WorkItem item = bucket.items[i];
-    const void* grad = bucket.grads[item.tensor];
-    if (grad == nullptr) continue;
-    const TensorEntry& tensor = bucket.tensors[item.tensor];
-    const int64_t offset = item.chunk * kCpuChunk;
-    T* max_exp_avg_sq = nullptr;
-    if constexpr (kSecondMoment == SecondMoment::amsgrad) {
-      max_exp_avg_sq = static_cast<T*>(tensor.max_exp_avg_sq) + offset;
+    if (i + kItemsAhead < last_item) {
+      Span<Param, Grad, T>(bucket, bucket.items[i + kItemsAhead]).prefetch_start();
     }
-    step_span<kSecondMoment>(
-        static_cast<Param*>(tensor.param) + offset, static_cast<const Grad*>(grad) + offset,
-        static_cast<T*>(tensor.exp_avg) + offset, static_cast<T*>(tensor.exp_avg_sq) + offset,
-        max_exp_avg_sq, std::min(kCpuChunk, tensor.numel - offset),
-        StepScalars<T>(bucket.scalars[bucket.rows[item.tensor]]));
+    const WorkItem item = bucket.items[i];
+    const Span<Param, Grad, T> span(bucket, item);
+    if (span.grad == nullptr) continue;
+    if (const uint32_t row = bucket.rows[item.tensor]; row != scalars_row) {
+      scalars = StepScalars<T>(bucket.scalars[row]);
+      scalars_row = row;
+    }
+    step_span<kSecondMoment>(span.param, span.grad, span.exp_avg, span.exp_avg_sq,
+                             span.max_exp_avg_sq, span.count, scalars);
   }
 }
 
