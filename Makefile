@@ -13,7 +13,7 @@ NATIVE := setup.py pyproject.toml $(wildcard csrc/*)
 PACKAGE := $(shell find adamal_kernels -name '*.py')
 
 .NOTPARALLEL:
-.PHONY: help demo test bench build cuda-build gpu-check lint format clean
+.PHONY: help demo test bench bench-check build cuda-build gpu-check lint format clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -24,8 +24,13 @@ demo: build  ## Train a small GPT with Adam and with AdamAL, side by side.
 test: build  ## Run the whole test suite. PYTEST_ARGS are passed on.
 	$(RUN)/python -m pytest tests $(PYTEST_ARGS)
 
-bench: build  ## Run the benchmarks.
-	$(RUN)/python -m pytest benchmarks $(PYTEST_ARGS)
+bench: build  ## Time a step against torch's, table and plot in benchmarks/results/. BENCH_ARGS are passed on.
+	@mkdir -p benchmarks/results
+	$(RUN)/python -m adamal_kernels bench --json 'benchmarks/results/bench-{device}-{date}.json' \
+	  --plot 'benchmarks/results/bench-{device}-{date}.png' $(BENCH_ARGS)
+
+bench-check: build  ## Compare the host's instructions per tensor with those recorded; needs valgrind.
+	$(RUN)/python benchmarks/host_instructions.py
 
 build: $(VENV)/.built  ## Build the extensions in place: C++, and CUDA given nvcc and a CUDA torch.
 

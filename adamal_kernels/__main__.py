@@ -1,16 +1,17 @@
-"""``python -m adamal_kernels``: info and verify."""
+"""``python -m adamal_kernels``: info, verify and bench."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
-from . import info, verify
+from . import bench, info, verify
 from .backends import BACKENDS
 from .version import __version__
 
@@ -37,7 +38,15 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(BACKENDS),
         help="check only this one; may be given more than once",
     )
-    for command in (of_info, of_verify):
+    of_bench = commands.add_parser(
+        "bench",
+        help="time a step against torch.optim.Adam and other packages' Adams",
+        description="Everyone steps in turn, in one process. Nothing is timed of a backend whose "
+        "parity is not right here. In a FILE, {device} and {date} are filled in. Exit status: 0; "
+        "1 if a backend's parity is red, or one that was named cannot run here.",
+    )
+    bench.add_arguments(of_bench)
+    for command in (of_info, of_verify, of_bench):
         command.add_argument(
             "--json", type=Path, metavar="FILE", help="also write the result to FILE"
         )
@@ -47,9 +56,17 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
     chosen = parser.parse_args(arguments)
-    if chosen.json is not None and not chosen.json.parent.is_dir():
-        parser.error(f"--json {chosen.json}: the folder {chosen.json.parent} does not exist")
+    if chosen.command == "bench":
+        bench.check_arguments(parser, chosen)
+    if chosen.json is not None and chosen.command != "bench":
+        try:
+            chosen.json.touch()
+        except OSError as error:
+            parser.error(f"--json {chosen.json} cannot be written: {error.strerror}")
+        if chosen.json.is_dir():
+            parser.error(f"--json {chosen.json} is a folder; name a file in it")
     console = Console()
     if chosen.command == "info":
         found = info.collect()
@@ -57,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.json is not None:
             chosen.json.write_text(json.dumps(found, indent=2) + "\n")
         return 0
+    if chosen.command == "bench":
+        return bench.main(chosen, shlex.join(["python", "-m", __package__, *arguments]), console)
     with Progress(console=console, transient=True) as progress:
         outcomes = verify.verify(chosen.backend, progress=progress)
     agrees = verify.report(outcomes, console)

@@ -82,7 +82,7 @@ def test_a_folder_that_is_not_there_is_told_before_the_work(
     with pytest.raises(SystemExit) as left:
         __main__.main(["verify", "--json", str(tmp_path / "none" / "verify.json")])
     assert left.value.code == 2
-    assert "does not exist" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_info_says_why_not(
