@@ -4,10 +4,11 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <string>
 #include <utility>
+
+#include "tensor_checks.h"
 
 namespace py = pybind11;
 
@@ -62,50 +63,6 @@ void set_types(caffe2::TypeMeta (&types)[2], at::ScalarType real) {
   types[0] = c10::scalarTypeToTypeMeta(real);
   // bfloat16 has no complex type, and so no complex parameters.
   if (real != at::kBFloat16) types[1] = c10::scalarTypeToTypeMeta(c10::toComplexType(real));
-}
-
-// Whether the storage of a dense tensor has not been freed or shrunk.
-inline bool has_memory(const c10::TensorImpl& tensor) {
-  const size_t elements = tensor.storage_offset() + tensor.numel();
-  return tensor.numel() == 0 ||
-         tensor.unsafe_storage().nbytes() >= elements * tensor.dtype().itemsize();
-}
-
-// Whether a parameter's gradient or moment is an ordinary tensor (not sparse, lazily conjugated or
-// of a subclass) of the type, on the parameter's device, each element where the parameter's is.
-inline bool belongs_to(const c10::TensorImpl& param, const c10::TensorImpl& tensor,
-                       caffe2::TypeMeta type) {
-  if (tensor.key_set() != param.key_set() || tensor.dtype() != type ||
-      tensor.device() != param.device()) {
-    return false;
-  }
-  const auto sizes = param.sizes(), found = tensor.sizes();
-  const size_t dims = sizes.size();
-  if (found.size() != dims || !has_memory(tensor)) return false;
-  for (size_t i = 0; i < dims; ++i) {
-    if (found[i] != sizes[i]) return false;
-  }
-  if (tensor.is_contiguous() && param.is_contiguous()) return true;
-  const auto strides = param.strides(), found_strides = tensor.strides();
-  for (size_t i = 0; i < dims; ++i) {
-    if (sizes[i] != 1 && found_strides[i] != strides[i]) return false;
-  }
-  return true;
-}
-
-// The counter's address, which the class keeps to itself: to prefetch, never to follow.
-const void* counter_of(const c10::VariableVersion& version) {
-  static_assert(sizeof(version) == sizeof(void*));
-  const void* counter;
-  std::memcpy(&counter, static_cast<const void*>(&version), sizeof(counter));
-  return counter;
-}
-
-void prefetch_bytes(const void* address, size_t bytes) {
-  constexpr size_t kLine = 64;
-  for (size_t i = 0; i < bytes; i += kLine) {
-    __builtin_prefetch(static_cast<const char*>(address) + i);
-  }
 }
 
 // The number in `object` if it lies in [0, below), else NaN.
