@@ -24,7 +24,7 @@ from .run import Gate, Pace, Record, Venue, time_case
 __all__ = ["add_arguments", "available_memory", "check_arguments", "main", "measure"]
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_CASE_SECONDS = 9.0
+_CASE_SECONDS = 7.0
 _POINT_SECONDS = 1.5
 _IN_SCALING = ("torch-foreach",)
 # On a CPU, memory is also the rest of the machine's.

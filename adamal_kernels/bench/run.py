@@ -37,8 +37,9 @@ _GATE_VARIANTS = ("default", "decoupled decay", "box, special gradients")
 _FEWEST_ROUNDS = 3
 _FEWEST_PRINCIPAL_ROUNDS = 7
 _MOST_ROUNDS = 300
-# Of a case's seconds.
-_LONGEST_STEP = 0.2
+# Whoever takes longer is left out; a first step, which makes the state, may take a few times that.
+_LONGEST_STEP_SECONDS = 1.2
+_FIRST_STEP_FACTOR = 4
 _RANDOM_BLOCK = 1 << 20
 
 Report = Callable[[str], None]
@@ -66,7 +67,7 @@ class Pace:
         """Whether a step takes so long that the contender is left out."""
         if self.rounds is not None or contender.principal:
             return False
-        return step_seconds > self.seconds * _LONGEST_STEP
+        return step_seconds > _LONGEST_STEP_SECONDS
 
     def rounds_of(self, contender: Contender, step_seconds: float, seconds: float) -> int:
         """Return how many steps to time in ``seconds``, at about ``step_seconds`` each."""
@@ -263,7 +264,7 @@ def _time_heat(
         try:
             entrant = Entrant(contender, shapes, grads[0].dtype, venue.device, case.group_each)
             step_seconds = _untimed_step(entrant, grads, fresh, venue.device)
-            if not pace.is_too_slow(contender, step_seconds):
+            if not pace.is_too_slow(contender, step_seconds / _FIRST_STEP_FACTOR):
                 step_seconds = _untimed_step(entrant, grads, fresh, venue.device)
         except Exception as error:
             if _is_out_of_memory(error):
@@ -277,7 +278,11 @@ def _time_heat(
         share = seconds / len(heat) / len(records)
         rounds[contender.name] = pace.rounds_of(contender, step_seconds, share)
     principal = [entrant for entrant in entrants if entrant.contender.principal]
-    together = min((rounds[entrant.contender.name] for entrant in principal), default=0)
+    if any(contender.principal and contender.name != BASELINE for contender in heat):
+        together = min((rounds[entrant.contender.name] for entrant in principal), default=0)
+    else:
+        others = [count for name, count in rounds.items() if name != BASELINE]
+        together = max(others, default=rounds.get(BASELINE, 0))
     rounds |= {entrant.contender.name: together for entrant in principal}
 
     for age, record in records.items():
@@ -422,6 +427,8 @@ def _heats(
 ) -> tuple[list[list[Contender]], dict[str, str]]:
     """Divide contenders into heats that fit into memory, the baseline in each.
 
+    Slow contenders step apart from principal ones, whose tensors they would drive from the caches.
+
     Returns:
         The heats, and why each contender is left out that does not fit beside the baseline.
 
@@ -429,21 +436,27 @@ def _heats(
         MemoryError: the baseline does not fit even alone; without one, nobody does.
     """
     always = [contender for contender in contenders if contender.name == BASELINE]
-    heats: list[list[Contender]] = [list(always)]
+    heats: list[list[Contender]] = []
     left_out = {}
-    for contender in contenders:
-        if contender in always:
-            continue
-        if reason := why_no_room([*always, contender], shapes, dtype, venue):
-            left_out[contender.name] = reason
-        elif why_no_room([*heats[-1], contender], shapes, dtype, venue) is None:
-            heats[-1].append(contender)
-        else:
-            heats.append([*always, contender])
-    heats = [heat for heat in heats if heat and why_no_room(heat, shapes, dtype, venue) is None]
-    if contenders and not heats:
+    for principal in (True, False):
+        heat = list(always)
+        for contender in contenders:
+            if contender in always or contender.principal is not principal:
+                continue
+            if reason := why_no_room([*always, contender], shapes, dtype, venue):
+                left_out[contender.name] = reason
+                continue
+            if why_no_room([*heat, contender], shapes, dtype, venue):
+                heats.append(heat)
+                heat = list(always)
+            heat.append(contender)
+        if len(heat) > len(always):
+            heats.append(heat)
+    if not heats and contenders:
         first = contenders[:1]
-        raise MemoryError(f"{first[0].name} {why_no_room(first, shapes, dtype, venue)}")
+        if reason := why_no_room(first, shapes, dtype, venue):
+            raise MemoryError(f"{first[0].name} {reason}")
+        heats.append(first)
     return heats, left_out
 
 
