@@ -108,6 +108,7 @@ def test_times_everyone_and_writes_all_of_it(
     assert names(by_case["3x16", "cold"]) == {"adamal-cpu", BASELINE, "torch-foreach"}
     for record in found["cases"]:
         assert record["error"] is None
+        assert record["other_cores"] is None or record["other_cores"] >= 0
         assert record["failed"] == record["left_out"] == {}
         for result in record["results"]:
             wall = result["wall_s"]
@@ -349,6 +350,7 @@ def test_a_gpus_own_time_is_shown_written_and_drawn(
     records = time_case(TINY["small"], torch.float32, pair, PLENTY, Pace(1.0, 2))
     where = report.environment(CPU, "command")
     where["device"]["type"] = "cuda"
+    records[0].other_cores = 1.3
     found = report.Run(where, Spread.of([1e9]), {}, {}, records)
 
     written = report.as_json(found)["cases"][0]["results"][1]
@@ -360,5 +362,7 @@ def test_a_gpus_own_time_is_shown_written_and_drawn(
     printed = capsys.readouterr().out
     assert "device" in printed
     assert "2 ms" in printed
+    assert "others: 1.3 cores" in printed
+    assert "run again when it is idle" in printed
     plot.draw(found, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").stat().st_size > 10_000

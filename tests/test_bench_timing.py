@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from adamal_kernels.bench import measure
 from adamal_kernels.bench import run as bench_run
 from adamal_kernels.bench.cases import CASES, BenchCase, Room
 from adamal_kernels.bench.contenders import BASELINE, OURS, PEERS, Contender, Entrant
-from adamal_kernels.bench.measure import sectors_changed, snapshot
+from adamal_kernels.bench.measure import OtherLoad, sectors_changed, snapshot
 from adamal_kernels.bench.run import Pace, Venue, gradients, time_case
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def test_heats_fit_into_memory_and_all_hold_the_baseline(monkeypatch: pytest.Mon
 
 def test_whoever_would_take_too_long_is_left_out() -> None:
     chosen = [PEERS[BASELINE], PEERS["torch-for-loop"]]
-    rates = {"torch-for-loop": 1.0, BASELINE: 9.0}
+    rates = {"torch-for-loop": 1.0, BASELINE: 9.0}  # Seconds a parameter, of 13.
     (record, _) = time_case(SMALL, torch.float32, chosen, PLENTY, Pace(0.01), rates)
     assert record.left_out == {"torch-for-loop": "a step would take 13.0 s"}
     assert [result.contender for result in record.results] == [BASELINE]
@@ -199,3 +200,29 @@ def test_sizes_follow_the_memory_of_a_gpu() -> None:
     assert parameters("llama3-8b-stack", 5 * 10**9) == 22 * 218_112_000
     sizes = {shape[0] for shape in CASES["2000x1k-10k"].shapes(Room("cuda", 10**9))}
     assert (min(sizes), max(sizes), len(sizes)) == (1000, 10_000, 2000)
+
+
+def test_what_others_do_is_counted_and_what_this_process_does_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # user, nice, system, idle, iowait, irq, softirq, steal: 2 seconds of work, then 5.5.
+    stats = [
+        "cpu 100 10 60 900 90 10 10 10 7 7\ncpu0 1",
+        "cpu 300 20 80 999 99 20 30 100 9 9\ncpu0 1",
+    ]
+    seconds = {"perf_counter": [0.0, 4.0], "process_time": [1.0, 2.5]}
+    monkeypatch.setattr(measure.Path, "read_text", lambda path: stats.pop(0))
+    monkeypatch.setattr(measure.os, "sysconf", lambda name: 100)
+    for clock, values in seconds.items():
+        monkeypatch.setattr(measure.time, clock, lambda values=values: values.pop(0))
+    assert OtherLoad().cores() == pytest.approx((3.5 - 1.5) / 4)
+
+
+def test_other_load_is_unknown_where_the_system_does_not_tell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(path: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(measure.Path, "read_text", missing)
+    assert OtherLoad().cores() is None

@@ -28,7 +28,7 @@ _CASE_SECONDS = 7.0
 _POINT_SECONDS = 1.5
 _IN_SCALING = ("torch-foreach",)
 # On a CPU, memory is also the rest of the machine's.
-_MOST_CPU_MEMORY = int(6.55 * 2**30)
+_MOST_CPU_MEMORY = int(6.25 * 2**30)
 # From this size on, the time of a step is in proportion.
 _TELLING_PARAMETERS = 10**7
 _REFRESH_SECONDS = 0.5

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Sample", "Spread", "copy_bandwidth", "sectors_changed", "snapshot", "time_step"]
+__all__ = [
+    "OtherLoad",
+    "Sample",
+    "Spread",
+    "copy_bandwidth",
+    "sectors_changed",
+    "snapshot",
+    "time_step",
+]
 
 _SECTOR_BYTES = 32
 _SAMPLED_ELEMENTS = 1 << 24
@@ -83,6 +93,36 @@ def time_step(
     last.record()
     last.synchronize()
     return Sample(done - start, returned - start, first.elapsed_time(last) / 1e3)
+
+
+class OtherLoad:
+    """Counts the cores that the rest of the machine keeps busy from now on.
+
+    Timings taken while others work are theirs as much as ours, above all those of several threads
+    that wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._busy = self._busy_elsewhere()
+
+    def cores(self) -> float | None:
+        """Return how many, on average; None where the system does not tell (it takes Linux)."""
+        busy = self._busy_elsewhere()
+        if busy is None or self._busy is None:
+            return None
+        return max(0.0, (busy - self._busy) / (time.perf_counter() - self._start))
+
+    @staticmethod
+    def _busy_elsewhere() -> float | None:
+        """Return the seconds that other processes, and other machines on this host, have run."""
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return None
+        user, nice, system, _, _, irq, softirq, steal = (int(field) for field in fields)
+        ticks = user + nice + system + irq + softirq + steal
+        return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def copy_bandwidth(device: torch.device, room: int) -> list[float]:

@@ -30,6 +30,7 @@ __all__ = ["SERIES", "Run", "as_json", "device_slug", "environment", "print_run"
 _PACKAGES = ("numpy", "torch-optimi", "torchao", "bitsandbytes", "flashoptim")
 
 _TABLE_WIDTH = 160
+_BUSY_CORES = 0.15
 
 SERIES = {
     "scaling-tensors": "tensors of 16 elements",
@@ -211,6 +212,8 @@ def _about(record: Record) -> list[str]:
     lines.append(f"[dim]{record.tensors} tensors, {record.parameters / 1e6:.3g} M[/dim]")
     if record.gradients == "fresh":
         lines.append("[dim]fresh gradients[/dim]")
+    if (record.other_cores or 0.0) > _BUSY_CORES:
+        lines.append(f"[red]others: {record.other_cores:.1f} cores[/red]")
     return lines
 
 
@@ -244,6 +247,12 @@ def _remarks(run: Run) -> Iterator[str]:
             "of copy: a CPU's copy_ also reads the memory it overwrites, which is not counted as "
             "copied; a step reads all it writes anyway, and so can pass 1"
         )
+    busiest = max((record.other_cores or 0.0 for record in run.records), default=0.0)
+    if busiest > _BUSY_CORES:
+        yield (
+            f"[red]Other processes kept up to {busiest:.1f} cores busy during a case: these times "
+            "are not this machine's; run again when it is idle[/red]"
+        )
     for (backend, dtype), mismatches in run.parity.items():
         if not mismatches:
             yield f"parity of {backend}, {dtype}: [green]bit for bit[/green]"
@@ -259,7 +268,8 @@ def _remarks(run: Run) -> Iterator[str]:
         for name, reason in record.left_out.items():
             left_out[name].append(f"{case}: {reason}")
         failures.update(record.failed.items())
-        if record.error is not None and record.v == "cold":
+        # A curve ends where memory does.
+        if record.error is not None and record.v == "cold" and record.series is None:
             yield f"[yellow]{case}[/yellow] ended early: {escape(record.error)}"
     for name, reasons in left_out.items():
         yield f"[yellow]{name}[/yellow] not timed in " + "; ".join(reasons)

@@ -19,7 +19,7 @@ from ..dtypes import DtypePair, compute_dtype
 from ..verify import different_values, outside_tolerance, run_case, run_oracle
 from .cases import BenchCase, Room, Shape
 from .contenders import BASELINE, Contender, Entrant, first_line
-from .measure import Sample, Spread, sectors_changed, snapshot, time_step
+from .measure import OtherLoad, Sample, Spread, sectors_changed, snapshot, time_step
 
 __all__ = [
     "Gate",
@@ -35,9 +35,10 @@ __all__ = [
 
 _GATE_VARIANTS = ("default", "decoupled decay", "box, special gradients")
 _FEWEST_ROUNDS = 3
-_FEWEST_PRINCIPAL_ROUNDS = 7
+_FEWEST_PRINCIPAL_ROUNDS = 5
 _MOST_ROUNDS = 300
-# Whoever takes longer is left out; a first step, which makes the state, may take a few times that.
+# Whoever takes longer is left out. A first step, which makes the state, may take a few times that,
+# and so may an expectation, which may come from a busy moment.
 _LONGEST_STEP_SECONDS = 1.2
 _FIRST_STEP_FACTOR = 4
 _RANDOM_BLOCK = 1 << 20
@@ -120,6 +121,8 @@ class Record:
     """By contender: why there is no memory or time for it."""
     failed: dict[str, str] = field(default_factory=dict)
     """By contender: what it raised when it was built or stepped."""
+    other_cores: float | None = None
+    """Cores that other processes kept busy meanwhile, on average; None where unknown."""
     error: str | None = None
     """What ended the case early."""
 
@@ -220,12 +223,13 @@ def time_case(
         )
         for age in ages
     }
+    load = OtherLoad()
     try:
         expected = {c: rates.get(c.name, 0.0) * records["cold"].parameters for c in contenders}
         slow = {
             contender.name: f"a step would take {seconds:.1f} s"
             for contender, seconds in expected.items()
-            if pace.is_too_slow(contender, seconds)
+            if pace.is_too_slow(contender, seconds / _FIRST_STEP_FACTOR)
         }
         able = [contender for contender in contenders if contender.name not in slow]
         heats, left_out = _heats(shapes, dtype, able, venue)
@@ -241,6 +245,8 @@ def time_case(
             raise
         for record in records.values():
             record.error = f"out of memory: {first_line(error)}"
+    for record in records.values():
+        record.other_cores = load.cores()
     return list(records.values())
 
 
