@@ -1,14 +1,12 @@
 #include "steady_state.h"
 
+#include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <cmath>
+#include <atomic>
 #include <limits>
-#include <string>
 #include <utility>
-
-#include "tensor_checks.h"
 
 namespace py = pybind11;
 
@@ -59,30 +57,33 @@ at::ScalarType scalar_type(Dtype dtype) {
   return at::ScalarType::Undefined;
 }
 
-void set_types(caffe2::TypeMeta (&types)[2], at::ScalarType real) {
-  types[0] = c10::scalarTypeToTypeMeta(real);
+ElementType element_type(at::ScalarType type) {
+  const caffe2::TypeMeta meta = c10::scalarTypeToTypeMeta(type);
+  return {meta, meta.itemsize()};
+}
+
+void set_types(ElementType (&types)[2], at::ScalarType real) {
+  types[0] = element_type(real);
   // bfloat16 has no complex type, and so no complex parameters.
-  if (real != at::kBFloat16) types[1] = c10::scalarTypeToTypeMeta(c10::toComplexType(real));
+  if (real != at::kBFloat16) types[1] = element_type(c10::toComplexType(real));
 }
 
-// The number in `object` if it lies in [0, below), else NaN.
-double number_in_range(PyObject* object, double below) {
-  constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
-  double number = kNone;
-  if (PyFloat_Check(object)) {
-    number = PyFloat_AS_DOUBLE(object);
-  } else if (PyLong_CheckExact(object)) {
-    number = PyLong_AsDouble(object);
-    if (PyErr_Occurred()) PyErr_Clear();  // too large: -1, out of every range
-  }
-  return number >= 0 && number < below ? number : kNone;
+// Where a parameter keeps its gradient; null where it never had one. torch's own accessor is behind
+// two calls.
+const at::Tensor* gradient_slot(const c10::TensorImpl& param) {
+  const auto* meta = static_cast<torch::autograd::AutogradMeta*>(param.autograd_meta());
+  return meta == nullptr ? nullptr : &meta->grad_;
 }
 
-bool same_options(const StepOptions& a, const StepOptions& b) {
-  return a.lr == b.lr && a.beta1 == b.beta1 && a.beta2 == b.beta2 && a.eps == b.eps &&
-         a.weight_decay == b.weight_decay && a.lower == b.lower && a.upper == b.upper &&
-         a.decoupled_weight_decay == b.decoupled_weight_decay && a.maximize == b.maximize &&
-         a.bias_correction == b.bias_correction;
+const at::Tensor* gradient_of(const c10::TensorImpl& param) {
+  const at::Tensor* grad = gradient_slot(param);
+  return grad != nullptr && grad->defined() ? grad : nullptr;
+}
+
+std::vector<bool> have_state(const std::vector<std::optional<Membership>>& members) {
+  std::vector<bool> have;
+  for (const std::optional<Membership>& member : members) have.push_back(member.has_value());
+  return have;
 }
 
 StepScalars<double> scalars_of(StepOptions options, int64_t step) {
@@ -99,7 +100,7 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
                          const std::vector<std::optional<Membership>>& members,
                          std::vector<BoundOptions> options,
                          std::vector<std::shared_ptr<Plan>> plans, at::Tensor steps)
-    : options_(std::move(options)), steps_(std::move(steps)) {
+    : groups_(groups, have_state(members), std::move(options)), steps_(std::move(steps)) {
   for (std::shared_ptr<Plan>& plan : plans) {
     PlanStep& step = plans_.emplace_back();
     const at::ScalarType param = scalar_type(plan->dtypes().param);
@@ -110,43 +111,28 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
   }
 
   std::unordered_map<PyObject*, int64_t> member_of;
-  size_t next_options = 0;
-  for (const py::handle& handle : groups) {
-    const auto dict = py::reinterpret_borrow<py::dict>(handle);
-    const auto params = py::reinterpret_borrow<py::list>(dict["params"]);
-    Group& group = groups_.emplace_back();
-    group.dict = dict;
-    for (const auto& [key, value] : dict) {
-      group.items.push_back({classify(key), py::reinterpret_borrow<py::object>(key),
-                             py::reinterpret_borrow<py::object>(value)});
-    }
-    group.first_param = params_.size();
-    group.param_count = params.size();
-    group.first_options = next_options;
-    while (next_options < options_.size() && options_[next_options].group == groups_.size() - 1) {
-      ++next_options;
-    }
-    group.options_count = next_options - group.first_options;
-    for (const py::handle& param : params) {
-      const std::optional<Membership>& membership = members.at(params_.size());
-      params_.push_back({py::reinterpret_borrow<py::object>(param), -1});
-      if (!membership) continue;
-      PlanStep& step = plans_.at(membership->plan);
-      params_.back().member = member_of[param.ptr()] = static_cast<int64_t>(members_.size());
-      members_.push_back({param.ptr(), static_cast<uint32_t>(membership->plan),
+  auto membership = members.begin();
+  for (const py::handle& group : groups) {
+    for (const py::handle& param : group["params"]) {
+      const std::optional<Membership>& found = *membership++;
+      if (!found) continue;
+      PlanStep& step = plans_.at(found->plan);
+      const at::Tensor& tensor = THPVariable_Unpack(param.ptr());
+      member_of[param.ptr()] = static_cast<int64_t>(members_.size());
+      members_.push_back({param.ptr(), static_cast<uint32_t>(found->plan),
                           static_cast<uint32_t>(step.grads.size()),
-                          static_cast<uint32_t>(membership->options),
-                          THPVariable_Unpack(param.ptr()).is_complex()});
+                          static_cast<uint32_t>(found->options), tensor.is_complex(),
+                          tensor.key_set()});
       step.grads.push_back(nullptr);
       step.rows.push_back(0);
     }
   }
-  TORCH_CHECK(next_options == options_.size(), "options must be sorted by group");
   TORCH_CHECK(steps_.is_cpu() && steps_.is_contiguous() && steps_.scalar_type() == at::kFloat &&
                   steps_.numel() == static_cast<int64_t>(members_.size()),
               "steps must be one float32 for each parameter with state");
   counts_ = steps_.mutable_data_ptr<float>();
-  last_rows_.resize(options_.size());
+  steps_storage_ = steps_.storage().unsafeGetStorageImpl();
+  last_rows_.resize(groups_.options().size());
   footprints_.resize(members_.size());
   for (const auto& [key, value] : state) {
     const auto found = member_of.find(key.ptr());
@@ -154,50 +140,17 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
   }
 }
 
-SteadyState::Item SteadyState::classify(const py::handle& key) {
-  static const std::unordered_map<std::string, Item> items = {
-      {"lr", Item::lr},
-      {"betas", Item::betas},
-      {"eps", Item::eps},
-      {"weight_decay", Item::weight_decay},
-      {"params", Item::params},
-      {"amsgrad", Item::fixed},
-      {"maximize", Item::fixed},
-      {"foreach", Item::fixed},
-      {"capturable", Item::fixed},
-      {"differentiable", Item::fixed},
-      {"fused", Item::fixed},
-      {"decoupled_weight_decay", Item::fixed},
-      {"bias_correction", Item::fixed},
-      {"projection", Item::fixed},
-      {"backend", Item::fixed},
-  };
-  if (!py::isinstance<py::str>(key)) return Item::ignored;
-  const auto found = items.find(py::cast<std::string>(key));
-  return found == items.end() ? Item::ignored : found->second;
-}
-
-int SteadyState::traverse(visitproc visit, void* arg) const {
-  for (const Param& param : params_) Py_VISIT(param.object.ptr());
-  for (const Group& group : groups_) {
-    Py_VISIT(group.dict.ptr());
-    for (const GroupItem& item : group.items) {
-      Py_VISIT(item.key.ptr());
-      Py_VISIT(item.value.ptr());
-    }
-  }
-  return 0;
-}
-
 void SteadyState::clear() {
-  // Moved out first: what is released here may call back into Python.
-  const auto params = std::exchange(params_, {});
-  const auto groups = std::exchange(groups_, {});
   members_.clear();
   state_.clear();
+  groups_.clear();
 }
 
 bool SteadyState::bind(const py::handle& state) {
+  for (const Member& member : members_) {
+    const at::Tensor& param = THPVariable_Unpack(member.param);
+    if (param.key_set().has(c10::DispatchKey::Python) || param.is_inference()) return false;
+  }
   std::vector<std::vector<TensorEntry>> entries(plans_.size());
   for (size_t i = 0; i < plans_.size(); ++i) entries[i].resize(plans_[i].grads.size());
   PyObject *key, *values;
@@ -217,100 +170,35 @@ bool SteadyState::bind(const py::handle& state) {
 }
 
 bool SteadyState::step(const py::handle& groups, const py::handle& state) {
+  // Another tensor of the same storage may have resized it.
+  if (steps_.const_data_ptr() != counts_ || steps_.storage().nbytes() < steps_.nbytes()) {
+    return false;
+  }
   for (PlanStep& step : plans_) step.has_grads = false;
-  if (!check_groups(groups.ptr()) || !check_state(state.ptr())) return false;
+  if (!groups_.check(groups.ptr()) || !check_state(state.ptr())) return false;
   find_rows();
   // The GIL is kept: only it holds the tensors whose addresses are used here.
   for (PlanStep& step : plans_) {
     if (!step.has_grads) continue;
     step.plan->step(step.grads, step.rows, scalars_.data(), static_cast<int64_t>(scalars_.size()));
   }
-  for (size_t i = 0; i < members_.size(); ++i) {
-    if (plans_[members_[i].plan].grads[members_[i].slot] == nullptr) continue;
-    counts_[i] += 1;
-    // Written by address: autograd has to be told, to find what it saved changed.
-    THPVariable_Unpack(members_[i].param).unsafeGetTensorImpl()->bump_version();
-  }
-  return true;
-}
-
-bool SteadyState::check_groups(PyObject* groups) {
-  if (!PyList_CheckExact(groups) ||
-      PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) {
-    return false;
-  }
-  for (size_t i = 0; i < groups_.size(); ++i) {
-    if (PyList_GET_ITEM(groups, i) != groups_[i].dict.ptr() || !check_items(groups_[i])) {
-      return false;
+  for_members([&](size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i) {
+      if (plans_[members_[i].plan].grads[members_[i].slot] == nullptr) continue;
+      counts_[i] += 1;
+      // Written by address: autograd has to be told, to find what it saved changed.
+      THPVariable_Unpack(members_[i].param).unsafeGetTensorImpl()->bump_version();
     }
-  }
+  });
   return true;
 }
 
-bool SteadyState::check_items(Group& group) {
-  PyObject* dict = group.dict.ptr();
-  if (PyDict_GET_SIZE(dict) != static_cast<Py_ssize_t>(group.items.size())) return false;
-  PyObject *key, *value;
-  Py_ssize_t position = 0;
-  for (size_t i = 0; PyDict_Next(dict, &position, &key, &value); ++i) {
-    GroupItem& item = group.items[i];
-    if (key != item.key.ptr()) return false;
-    if (item.item == Item::params) {
-      if (!check_params(group, value)) return false;
-    } else if (value != item.value.ptr() && item.item != Item::ignored) {
-      if (!take_over(group, item.item, value)) return false;
-      item.value = py::reinterpret_borrow<py::object>(value);
-    }
-  }
-  return true;
-}
-
-bool SteadyState::take_over(const Group& group, Item item, PyObject* value) {
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  double first = 0, second = 0;
-  if (item == Item::betas) {
-    if (!PyTuple_CheckExact(value) || PyTuple_GET_SIZE(value) != 2) return false;
-    first = number_in_range(PyTuple_GET_ITEM(value, 0), 1);
-    second = number_in_range(PyTuple_GET_ITEM(value, 1), 1);
-  } else {
-    first = number_in_range(value, kInfinity);
-  }
-  if (std::isnan(first) || std::isnan(second)) return false;
-  for (size_t i = group.first_options; i < group.first_options + group.options_count; ++i) {
-    StepOptions& options = options_[i].step;
-    switch (item) {
-      case Item::lr:
-        options.lr = first;
-        break;
-      case Item::betas:
-        options.beta1 = first;
-        options.beta2 = second;
-        break;
-      case Item::eps:
-        options.eps = first;
-        break;
-      case Item::weight_decay:
-        options.weight_decay = first;
-        break;
-      default:
-        return false;
-    }
-  }
-  return true;
-}
-
-bool SteadyState::check_params(const Group& group, PyObject* params) const {
-  if (!PyList_CheckExact(params) ||
-      PyList_GET_SIZE(params) != static_cast<Py_ssize_t>(group.param_count)) {
-    return false;
-  }
-  for (size_t i = 0; i < group.param_count; ++i) {
-    const Param& param = params_[group.first_param + i];
-    if (PyList_GET_ITEM(params, i) != param.object.ptr()) return false;
-    // Without state, it has never had a gradient: if it has one now, it is due its first step.
-    if (param.member < 0 && THPVariable_Unpack(param.object.ptr()).grad().defined()) return false;
-  }
-  return true;
+// The threads read Python's objects too, while this one holds the GIL for all of them and waits.
+template <typename Body>
+void SteadyState::for_members(const Body& body) const {
+  constexpr int64_t kLeastMembers = 512;  // a thread's share: about 0.1 ms
+  at::parallel_for(0, static_cast<int64_t>(members_.size()), kLeastMembers,
+                   [&](int64_t first, int64_t last) { body(first, last); });
 }
 
 bool SteadyState::check_state(PyObject* state) {
@@ -320,33 +208,35 @@ bool SteadyState::check_state(PyObject* state) {
   PyObject *key, *values;
   Py_ssize_t position = 0;
   for (size_t i = 0; PyDict_Next(state, &position, &key, &values); ++i) {
-    prefetch(i);
     if (key != state_[i].key) return false;
-    if (state_[i].member < 0) continue;
-    const Member& member = members_[state_[i].member];
-    PlanStep& step = plans_[member.plan];
-    TensorEntry entry;
-    if (!read_member(state_[i].member, values, &entry, &step.grads[member.slot]) ||
-        !(entry == step.plan->tensors()[member.slot])) {
-      return false;
-    }
-    step.has_grads = step.has_grads || step.grads[member.slot] != nullptr;
+    if (state_[i].member >= 0) footprints_[state_[i].member].values = values;
   }
-  return true;
+  std::atomic<bool> unchanged = true;
+  for_members([&](size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i) {
+      prefetch(i, last);
+      const Member& member = members_[i];
+      PlanStep& step = plans_[member.plan];
+      TensorEntry entry;
+      if (!read_member(i, footprints_[i].values, &entry, &step.grads[member.slot]) ||
+          !(entry == step.plan->tensors()[member.slot])) {
+        unchanged = false;
+        return;
+      }
+    }
+  });
+  return unchanged;
 }
 
 // In three stages, each of which reads what the one before fetched: what does not move, the
 // gradient, and the gradient's storage.
-void SteadyState::prefetch(size_t state_index) const {
+void SteadyState::prefetch(size_t index, size_t end) const {
   constexpr size_t kFarAhead = 12, kAhead = 6, kNext = 3;
-  const auto member_at = [&](size_t index) {
-    return index < state_.size() ? state_[index].member : -1;
-  };
-  if (const int64_t member = member_at(state_index + kFarAhead); member >= 0) {
-    const Footprint& footprint = footprints_[member];
+  if (index + kFarAhead < end) {
+    const Footprint& footprint = footprints_[index + kFarAhead];
     prefetch_bytes(footprint.values, sizeof(PyDictObject));
     __builtin_prefetch(footprint.version_counter, 1);
-    prefetch_bytes(footprint.autograd_meta, sizeof(torch::autograd::AutogradMeta));
+    __builtin_prefetch(footprint.grad);
     for (int i = 0; i < Footprint::kTensors; ++i) {
       if (footprint.tensors[i] == nullptr) continue;
       __builtin_prefetch(footprint.objects[i]);
@@ -354,16 +244,18 @@ void SteadyState::prefetch(size_t state_index) const {
       __builtin_prefetch(footprint.storages[i]);
     }
   }
-  if (const int64_t member = member_at(state_index + kAhead); member >= 0) {
-    const at::Tensor& grad =
-        THPVariable_Unpack(members_[member].param).unsafeGetTensorImpl()->grad();
-    if (grad.defined()) prefetch_bytes(grad.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+  if (index + kAhead < end) {
+    const c10::TensorImpl& param =
+        *THPVariable_Unpack(members_[index + kAhead].param).unsafeGetTensorImpl();
+    if (const at::Tensor* grad = gradient_of(param)) {
+      prefetch_bytes(grad->unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+    }
   }
-  if (const int64_t member = member_at(state_index + kNext); member >= 0) {
-    const at::Tensor& grad =
-        THPVariable_Unpack(members_[member].param).unsafeGetTensorImpl()->grad();
-    if (grad.defined() && grad.has_storage()) {
-      __builtin_prefetch(grad.storage().unsafeGetStorageImpl());
+  if (index + kNext < end) {
+    const c10::TensorImpl& param =
+        *THPVariable_Unpack(members_[index + kNext].param).unsafeGetTensorImpl();
+    if (const at::Tensor* grad = gradient_of(param)) {
+      __builtin_prefetch(grad->unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
     }
   }
 }
@@ -374,15 +266,17 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
   const PlanStep& step = plans_[member.plan];
   Footprint& footprint = footprints_[index];
   c10::TensorImpl& param = *THPVariable_Unpack(member.param).unsafeGetTensorImpl();
-  if (param.key_set().has(c10::DispatchKey::Python) || param.is_inference() || !has_memory(param) ||
-      param.dtype() != step.param_types[member.is_complex] ||
+  const ElementType param_type = step.param_types[member.is_complex];
+  if (param.key_set() != member.key_set || param.dtype() != param_type.type ||
       param.device() != step.plan->device() || !param.is_non_overlapping_and_dense()) {
     return false;
   }
-  *entry = {param.mutable_data(), nullptr, nullptr, nullptr,
-            param.numel() * (member.is_complex ? 2 : 1)};
+  const ParamLayout layout(param);
+  if (!layout.has_memory(param, param_type.bytes)) return false;
+  *entry = {layout.mutable_address(param, param_type.bytes), nullptr, nullptr, nullptr,
+            layout.numel() << member.is_complex};
   footprint.values = values;
-  footprint.autograd_meta = param.autograd_meta();
+  footprint.grad = gradient_slot(param);
   footprint.version_counter = counter_of(param.version_counter());
   footprint.objects[0] = member.param;
   footprint.tensors[0] = &param;
@@ -405,15 +299,18 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
     footprint.tensors[found] = &tensor;
     if (name == StateKeys::step) {
       // The bounds are false for a count that is no number, too.
-      const bool counts = tensor.dtype() == caffe2::TypeMeta::Make<float>() &&
-                          tensor.numel() == 1 && tensor.data() == counts_ + index &&
-                          counts_[index] >= 0 && counts_[index] <= kMostSteps;
+      const bool counts = tensor.unsafe_storage().unsafeGetStorageImpl() == steps_storage_ &&
+                          tensor.storage_offset() == static_cast<int64_t>(index) &&
+                          tensor.dtype() == caffe2::TypeMeta::Make<float>() &&
+                          tensor.numel() == 1 && counts_[index] >= 0 &&
+                          counts_[index] <= kMostSteps;
       if (!counts) return false;
       continue;
     }
-    if (!belongs_to(param, tensor, step.moment_types[member.is_complex])) return false;
+    const ElementType moment_type = step.moment_types[member.is_complex];
+    if (!layout.holds_for(tensor, moment_type)) return false;
     footprint.storages[found] = tensor.unsafe_storage().unsafeGetStorageImpl();
-    void* const address = tensor.mutable_data();
+    void* const address = layout.mutable_address(tensor, moment_type.bytes);
     if (name == StateKeys::exp_avg) {
       entry->exp_avg = address;
     } else if (name == StateKeys::exp_avg_sq) {
@@ -425,13 +322,13 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
   if (found < expected) return false;
 
   *grad = nullptr;
-  const at::Tensor& gradient = param.grad();
-  if (gradient.defined()) {
-    const c10::TensorImpl& tensor = *gradient.unsafeGetTensorImpl();
-    if (!belongs_to(param, tensor, step.grad_types[member.is_complex])) return false;
+  if (const at::Tensor* gradient = gradient_of(param)) {
+    const c10::TensorImpl& tensor = *gradient->unsafeGetTensorImpl();
+    const ElementType grad_type = step.grad_types[member.is_complex];
+    if (!layout.holds_for(tensor, grad_type)) return false;
     // Read while it is written: the check in Python says what to do.
     if (tensor.unsafe_storage().unsafeGetStorageImpl() == footprint.storages[0]) return false;
-    *grad = entry->numel == 0 ? &kEmptyGradient : tensor.data();
+    *grad = entry->numel == 0 ? &kEmptyGradient : layout.address(tensor, grad_type.bytes);
   }
   return true;
 }
@@ -443,6 +340,7 @@ void SteadyState::find_rows() {
   for (size_t i = 0; i < members_.size(); ++i) {
     PlanStep& step = plans_[members_[i].plan];
     if (step.grads[members_[i].slot] == nullptr) continue;
+    step.has_grads = true;
     step.rows[members_[i].slot] = row_of(members_[i].options, static_cast<int64_t>(counts_[i]) + 1);
   }
 }
@@ -452,13 +350,14 @@ uint32_t SteadyState::row_of(size_t options, int64_t step) {
   if (last.step == step) return last.row;
   last.step = step;
   // Thousands of groups that differ in nothing share a row.
+  const std::vector<BoundOptions>& all = groups_.options();
   if (options > 0 && last_rows_[options - 1].step == step &&
-      same_options(options_[options - 1].step, options_[options].step)) {
+      same_options(all[options - 1].step, all[options].step)) {
     return last.row = last_rows_[options - 1].row;
   }
   const uint64_t key = static_cast<uint64_t>(options) << 40 | static_cast<uint64_t>(step);
   const auto [found, is_new] = rows_.try_emplace(key, static_cast<uint32_t>(scalars_.size()));
-  if (is_new) scalars_.push_back(scalars_of(options_[options].step, step));
+  if (is_new) scalars_.push_back(scalars_of(all[options].step, step));
   return last.row = found->second;
 }
 

@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "plan.h"
+#include "steady_groups.h"
+#include "tensor_checks.h"
 
 namespace adamal {
 
@@ -18,12 +20,6 @@ namespace adamal {
 struct Membership {
   size_t plan;
   size_t options;
-};
-
-// The options of one param group for parameters of one type, with bounds rounded to that type.
-struct BoundOptions {
-  size_t group;
-  StepOptions step;
 };
 
 // Every step reads the groups, options, parameters, gradients, state tensors and step counts
@@ -48,7 +44,7 @@ class SteadyState {
   bool step(const pybind11::handle& groups, const pybind11::handle& state);
 
   // For Python's garbage collector. A cleared one finds nothing as it was.
-  int traverse(visitproc visit, void* arg) const;
+  int traverse(visitproc visit, void* arg) const { return groups_.traverse(visit, arg); }
   void clear();
 
   size_t plan_count() const { return plans_.size(); }
@@ -56,38 +52,20 @@ class SteadyState {
   size_t row_count() const { return scalars_.size(); }
 
  private:
-  // What a change of a group's item means to the next step.
-  enum class Item { lr, betas, eps, weight_decay, params, fixed, ignored };
-  struct GroupItem {
-    Item item;
-    pybind11::object key;
-    pybind11::object value;  // immutable, or not compared
-  };
-  struct Group {
-    pybind11::dict dict;
-    std::vector<GroupItem> items;  // in the dict's order
-    size_t first_param;
-    size_t param_count;
-    size_t first_options;
-    size_t options_count;
-  };
-  struct Param {
-    pybind11::object object;  // held, so that its address cannot become another's
-    int64_t member;           // -1: without state
-  };
   struct Member {
     PyObject* param;
     uint32_t plan;
     uint32_t slot;  // in the plan
     uint32_t options;
     bool is_complex;
+    c10::DispatchKeySet key_set;
   };
   // Where the last step found what the next one will read: thousands of small objects all over
   // memory, which are prefetched some members ahead. Never followed, so they may be out of date.
   struct Footprint {
     static constexpr int kTensors = 5;  // parameter, moments, step
-    const void* values = nullptr;
-    const void* autograd_meta = nullptr;
+    PyObject* values = nullptr;
+    const void* grad = nullptr;
     const void* version_counter = nullptr;
     const void* objects[kTensors] = {};
     const c10::TensorImpl* tensors[kTensors] = {};
@@ -100,9 +78,9 @@ class SteadyState {
   // What the steps of a plan need besides the plan.
   struct PlanStep {
     std::shared_ptr<Plan> plan;
-    caffe2::TypeMeta param_types[2];  // of real parameters and of complex ones
-    caffe2::TypeMeta grad_types[2];
-    caffe2::TypeMeta moment_types[2];
+    ElementType param_types[2];  // of real parameters and of complex ones
+    ElementType grad_types[2];
+    ElementType moment_types[2];
     std::vector<const void*> grads;
     std::vector<uint32_t> rows;
     bool has_grads;
@@ -112,26 +90,23 @@ class SteadyState {
     uint32_t row;
   };
 
-  static Item classify(const pybind11::handle& key);
-  bool check_groups(PyObject* groups);
-  bool check_items(Group& group);
-  bool take_over(const Group& group, Item item, PyObject* value);
-  bool check_params(const Group& group, PyObject* params) const;
   bool check_state(PyObject* state);
   // Reads a member's tensors; false where one is not as it was checked.
   bool read_member(size_t index, PyObject* values, TensorEntry* entry, const void** grad);
-  void prefetch(size_t state_index) const;
+  void prefetch(size_t index, size_t end) const;
+  // Calls body(first, last) for shares of the members, on torch's CPU threads.
+  template <typename Body>
+  void for_members(const Body& body) const;
   void find_rows();
   uint32_t row_of(size_t options, int64_t step);
 
-  std::vector<Param> params_;
-  std::vector<Group> groups_;
+  SteadyGroups groups_;
   std::vector<Member> members_;
   std::vector<Footprint> footprints_;  // by member
   std::vector<StateEntry> state_;
-  std::vector<BoundOptions> options_;
   std::vector<PlanStep> plans_;
   at::Tensor steps_;
+  const c10::StorageImpl* steps_storage_;
   float* counts_;
 
   std::vector<StepScalars<double>> scalars_;  // of this step

@@ -9,34 +9,70 @@
 
 namespace adamal {
 
-// Whether the storage of a dense tensor has not been freed or shrunk.
-inline bool has_memory(const c10::TensorImpl& tensor) {
-  const size_t elements = tensor.storage_offset() + tensor.numel();
-  return tensor.numel() == 0 ||
-         tensor.unsafe_storage().nbytes() >= elements * tensor.dtype().itemsize();
-}
+// A tensor type, and the bytes of an element, which torch keeps in a table.
+struct ElementType {
+  caffe2::TypeMeta type;
+  size_t bytes = 0;
+};
 
-// Whether a parameter's gradient or moment is an ordinary tensor (not sparse, lazily conjugated or
-// of a subclass) of the type, on the parameter's device, each element where the parameter's is.
-inline bool belongs_to(const c10::TensorImpl& param, const c10::TensorImpl& tensor,
-                       caffe2::TypeMeta type) {
-  if (tensor.key_set() != param.key_set() || tensor.dtype() != type ||
-      tensor.device() != param.device()) {
-    return false;
+// Where a parameter's elements lie in its storage: so must those of its gradient and moments.
+class ParamLayout {
+ public:
+  explicit ParamLayout(const c10::TensorImpl& param)
+      : sizes_(param.sizes().data()),
+        strides_(param.strides().data()),
+        dims_(param.dim()),
+        numel_(param.numel()),
+        key_set_(param.key_set()),
+        device_(param.device()) {}
+
+  int64_t numel() const { return numel_; }
+
+  // Whether the storage of a dense tensor of this layout has not been freed or shrunk.
+  bool has_memory(const c10::TensorImpl& tensor, size_t element_bytes) const {
+    return numel_ == 0 ||
+           tensor.unsafe_storage().nbytes() >= (tensor.storage_offset() + numel_) * element_bytes;
   }
-  const auto sizes = param.sizes(), found = tensor.sizes();
-  const size_t dims = sizes.size();
-  if (found.size() != dims || !has_memory(tensor)) return false;
-  for (size_t i = 0; i < dims; ++i) {
-    if (found[i] != sizes[i]) return false;
+
+  // Whether a tensor is an ordinary one (not sparse, lazily conjugated or of a subclass) of the
+  // type, on the parameter's device, each element where the parameter's is.
+  bool holds_for(const c10::TensorImpl& tensor, ElementType element) const {
+    if (tensor.key_set() != key_set_ || tensor.dtype() != element.type ||
+        tensor.device() != device_) {
+      return false;
+    }
+    const auto sizes = tensor.sizes();
+    if (static_cast<int64_t>(sizes.size()) != dims_) return false;
+    const auto strides = tensor.strides();
+    for (int64_t i = 0; i < dims_; ++i) {
+      if (sizes[i] != sizes_[i]) return false;
+      // The stride of a dimension of one element is never taken, nor any where there are none.
+      if (strides[i] != strides_[i] && sizes[i] != 1 && numel_ != 0) return false;
+    }
+    return has_memory(tensor, element.bytes);
   }
-  if (tensor.is_contiguous() && param.is_contiguous()) return true;
-  const auto strides = param.strides(), found_strides = tensor.strides();
-  for (size_t i = 0; i < dims; ++i) {
-    if (sizes[i] != 1 && found_strides[i] != strides[i]) return false;
+
+  // The address of the first element, to be written; storages that share their memory until one
+  // of them is written are parted first.
+  void* mutable_address(const c10::TensorImpl& tensor, size_t element_bytes) const {
+    if (numel_ == 0) return nullptr;
+    void* const storage = tensor.unsafe_storage().unsafeGetStorageImpl()->mutable_data();
+    return static_cast<char*>(storage) + tensor.storage_offset() * element_bytes;
   }
-  return true;
-}
+
+  const void* address(const c10::TensorImpl& tensor, size_t element_bytes) const {
+    const void* const storage = tensor.unsafe_storage().unsafeGetStorageImpl()->data();
+    return static_cast<const char*>(storage) + tensor.storage_offset() * element_bytes;
+  }
+
+ private:
+  const int64_t* sizes_;
+  const int64_t* strides_;
+  int64_t dims_;
+  int64_t numel_;
+  c10::DispatchKeySet key_set_;
+  c10::Device device_;
+};
 
 // The address of a version's counter, which the class keeps to itself: to prefetch, never to
 // follow.

@@ -1,0 +1,186 @@
+#include "steady_groups.h"
+
+#include <c10/util/Exception.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cmath>
+#include <limits>
+#include <string>
+#include <unordered_map>
+#include <utility>
+
+namespace py = pybind11;
+
+namespace adamal {
+namespace {
+
+// The number in `object` if it lies in [0, below), else NaN.
+double number_in_range(PyObject* object, double below) {
+  constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+  double number = kNone;
+  if (PyFloat_Check(object)) {
+    number = PyFloat_AS_DOUBLE(object);
+  } else if (PyLong_CheckExact(object)) {
+    number = PyLong_AsDouble(object);
+    if (PyErr_Occurred()) PyErr_Clear();  // too large: -1, out of every range
+  }
+  return number >= 0 && number < below ? number : kNone;
+}
+
+}  // namespace
+
+bool same_options(const StepOptions& a, const StepOptions& b) {
+  return a.lr == b.lr && a.beta1 == b.beta1 && a.beta2 == b.beta2 && a.eps == b.eps &&
+         a.weight_decay == b.weight_decay && a.lower == b.lower && a.upper == b.upper &&
+         a.decoupled_weight_decay == b.decoupled_weight_decay && a.maximize == b.maximize &&
+         a.bias_correction == b.bias_correction;
+}
+
+SteadyGroups::SteadyGroups(const py::list& groups, const std::vector<bool>& has_state,
+                           std::vector<BoundOptions> options)
+    : options_(std::move(options)) {
+  size_t next_options = 0;
+  for (const py::handle& handle : groups) {
+    const auto dict = py::reinterpret_borrow<py::dict>(handle);
+    const auto params = py::reinterpret_borrow<py::list>(dict["params"]);
+    Group& group = groups_.emplace_back();
+    group.dict = dict;
+    for (const auto& [key, value] : dict) {
+      group.items.push_back({classify(key), py::reinterpret_borrow<py::object>(key),
+                             py::reinterpret_borrow<py::object>(value)});
+    }
+    group.first_param = params_.size();
+    group.param_count = params.size();
+    group.first_options = next_options;
+    while (next_options < options_.size() && options_[next_options].group == groups_.size() - 1) {
+      ++next_options;
+    }
+    group.options_count = next_options - group.first_options;
+    for (const py::handle& param : params) {
+      params_.push_back({py::reinterpret_borrow<py::object>(param), has_state.at(params_.size())});
+    }
+  }
+  TORCH_CHECK(next_options == options_.size(), "options must be sorted by group");
+}
+
+SteadyGroups::Kind SteadyGroups::classify(const py::handle& key) {
+  static const std::unordered_map<std::string, Kind> kinds = {
+      {"lr", Kind::lr},
+      {"betas", Kind::betas},
+      {"eps", Kind::eps},
+      {"weight_decay", Kind::weight_decay},
+      {"params", Kind::params},
+      {"amsgrad", Kind::fixed},
+      {"maximize", Kind::fixed},
+      {"foreach", Kind::fixed},
+      {"capturable", Kind::fixed},
+      {"differentiable", Kind::fixed},
+      {"fused", Kind::fixed},
+      {"decoupled_weight_decay", Kind::fixed},
+      {"bias_correction", Kind::fixed},
+      {"projection", Kind::fixed},
+      {"backend", Kind::fixed},
+  };
+  if (!py::isinstance<py::str>(key)) return Kind::ignored;
+  const auto found = kinds.find(py::cast<std::string>(key));
+  return found == kinds.end() ? Kind::ignored : found->second;
+}
+
+int SteadyGroups::traverse(visitproc visit, void* arg) const {
+  for (const Param& param : params_) Py_VISIT(param.object.ptr());
+  for (const Group& group : groups_) {
+    Py_VISIT(group.dict.ptr());
+    for (const Item& item : group.items) {
+      Py_VISIT(item.key.ptr());
+      Py_VISIT(item.value.ptr());
+    }
+  }
+  return 0;
+}
+
+void SteadyGroups::clear() {
+  // Moved out first: what is released here may call back into Python.
+  const auto params = std::exchange(params_, {});
+  const auto groups = std::exchange(groups_, {});
+}
+
+bool SteadyGroups::check(PyObject* groups) {
+  if (!PyList_CheckExact(groups) ||
+      PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) {
+    return false;
+  }
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    if (PyList_GET_ITEM(groups, i) != groups_[i].dict.ptr() || !check_items(groups_[i])) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool SteadyGroups::check_items(Group& group) {
+  PyObject* dict = group.dict.ptr();
+  if (PyDict_GET_SIZE(dict) != static_cast<Py_ssize_t>(group.items.size())) return false;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  for (size_t i = 0; PyDict_Next(dict, &position, &key, &value); ++i) {
+    Item& item = group.items[i];
+    if (key != item.key.ptr()) return false;
+    if (item.kind == Kind::params) {
+      if (!check_params(group, value)) return false;
+    } else if (value != item.value.ptr() && item.kind != Kind::ignored) {
+      if (!take_over(group, item.kind, value)) return false;
+      item.value = py::reinterpret_borrow<py::object>(value);
+    }
+  }
+  return true;
+}
+
+bool SteadyGroups::check_params(const Group& group, PyObject* params) const {
+  if (!PyList_CheckExact(params) ||
+      PyList_GET_SIZE(params) != static_cast<Py_ssize_t>(group.param_count)) {
+    return false;
+  }
+  for (size_t i = 0; i < group.param_count; ++i) {
+    const Param& param = params_[group.first_param + i];
+    if (PyList_GET_ITEM(params, i) != param.object.ptr()) return false;
+    // Without state, it has never had a gradient: if it has one now, it is due its first step.
+    if (!param.has_state && THPVariable_Unpack(param.object.ptr()).grad().defined()) return false;
+  }
+  return true;
+}
+
+bool SteadyGroups::take_over(const Group& group, Kind kind, PyObject* value) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  double first = 0, second = 0;
+  if (kind == Kind::betas) {
+    if (!PyTuple_CheckExact(value) || PyTuple_GET_SIZE(value) != 2) return false;
+    first = number_in_range(PyTuple_GET_ITEM(value, 0), 1);
+    second = number_in_range(PyTuple_GET_ITEM(value, 1), 1);
+  } else {
+    first = number_in_range(value, kInfinity);
+  }
+  if (std::isnan(first) || std::isnan(second)) return false;
+  for (size_t i = group.first_options; i < group.first_options + group.options_count; ++i) {
+    StepOptions& options = options_[i].step;
+    switch (kind) {
+      case Kind::lr:
+        options.lr = first;
+        break;
+      case Kind::betas:
+        options.beta1 = first;
+        options.beta2 = second;
+        break;
+      case Kind::eps:
+        options.eps = first;
+        break;
+      case Kind::weight_decay:
+        options.weight_decay = first;
+        break;
+      default:
+        return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace adamal

@@ -1,0 +1,71 @@
+// The param groups as they were last checked.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "adamal_math.h"
+
+namespace adamal {
+
+// The options of one param group for parameters of one type, with bounds rounded to that type.
+struct BoundOptions {
+  size_t group;
+  StepOptions step;
+};
+
+// Whether two options give the same scalars at every step.
+bool same_options(const StepOptions& a, const StepOptions& b);
+
+class SteadyGroups {
+ public:
+  // `has_state` has an entry for every parameter in the groups' order; `options` are sorted by
+  // group.
+  SteadyGroups(const pybind11::list& groups, const std::vector<bool>& has_state,
+               std::vector<BoundOptions> options);
+
+  // Whether the groups, item by item and parameter by parameter, are those that were checked, and
+  // no parameter without state is due its first step. A changed learning rate, beta, eps or weight
+  // decay is taken over into the options.
+  bool check(PyObject* groups);
+
+  const std::vector<BoundOptions>& options() const { return options_; }
+
+  // For Python's garbage collector. Cleared, it finds nothing as it was.
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
+
+ private:
+  // What a change of a group's item means to the next step.
+  enum class Kind { lr, betas, eps, weight_decay, params, fixed, ignored };
+  struct Item {
+    Kind kind;
+    pybind11::object key;
+    pybind11::object value;  // immutable, or not compared
+  };
+  struct Group {
+    pybind11::dict dict;
+    std::vector<Item> items;  // in the dict's order
+    size_t first_param;
+    size_t param_count;
+    size_t first_options;
+    size_t options_count;
+  };
+  struct Param {
+    pybind11::object object;  // held, so that its address cannot become another's
+    bool has_state;
+  };
+
+  static Kind classify(const pybind11::handle& key);
+  bool check_items(Group& group);
+  bool check_params(const Group& group, PyObject* params) const;
+  bool take_over(const Group& group, Kind kind, PyObject* value);
+
+  std::vector<Group> groups_;
+  std::vector<Param> params_;
+  std::vector<BoundOptions> options_;
+};
+
+}  // namespace adamal
