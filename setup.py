@@ -39,12 +39,13 @@ HEADERS = sorted(map(str, Path("csrc").glob("*.h")))
 SOURCES = {
     "_C": [
         "csrc/bindings.cpp",
+        "csrc/norm_cpu.cpp",
         "csrc/plan.cpp",
         "csrc/steady_groups.cpp",
         "csrc/steady_state.cpp",
         "csrc/step_cpu.cpp",
     ],
-    "_cuda": ["csrc/bindings_cuda.cpp", "csrc/step_cuda.cu"],
+    "_cuda": ["csrc/bindings_cuda.cpp", "csrc/norm_cuda.cu", "csrc/step_cuda.cu"],
 }
 # What each backend consists of: the steps on CUDA are planned by _C.
 BACKENDS = {"cpu": ("_C",), "cuda": ("_C", "_cuda"), "none": ()}

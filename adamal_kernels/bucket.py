@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .dtypes import DtypePair
-from .hyperparameters import StepScalars
+from .hyperparameters import StepInputs, StepOptions, StepScalars
 
-__all__ = ["Bucket", "BucketKey", "SecondMoment"]
+__all__ = ["Bucket", "BucketKey", "DeviceScalars", "SecondMoment"]
 
 
 class SecondMoment(IntEnum):
@@ -32,6 +32,20 @@ class BucketKey(NamedTuple):
     device: torch.device
     dtypes: DtypePair
     second_moment: SecondMoment
+    device_scalars: bool = False
+    """Whether the scalars are derived on the device, from counts that are there."""
+
+
+@dataclass(slots=True)
+class DeviceScalars:
+    """What the scalars of a step are derived from on the device, and what it then counts."""
+
+    options: list[StepOptions] = field(default_factory=list)
+    """Tensor ``i`` has ``options[rows[i]]``; tensors among them are on the bucket's device."""
+    steps: list[Tensor] = field(default_factory=list)
+    """Float32 scalars: how many steps each tensor has taken; one more after a step not skipped."""
+    inputs: StepInputs = field(default_factory=StepInputs)
+    """Tensors on the bucket's device."""
 
 
 @dataclass(slots=True)
@@ -51,8 +65,10 @@ class Bucket:
     max_exp_avg_sqs: list[Tensor] = field(default_factory=list)
     """Empty unless ``key.second_moment`` is AMSGRAD."""
     scalars: list[StepScalars] = field(default_factory=list)
-    """The distinct rows of this step."""
+    """The distinct rows of this step; empty where ``key.device_scalars``."""
     rows: list[int] = field(default_factory=list)
     """Tensor ``i`` uses ``scalars[rows[i]]``."""
+    device_scalars: DeviceScalars | None = None
+    """Instead of ``scalars`` where ``key.device_scalars``."""
     workspace: dict[str, Any] = field(default_factory=dict)
     """Kept from step to step for the backend: pointer tables, compiled launchers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, ClassVar
@@ -17,7 +18,8 @@ from torch.optim.optimizer import (
 )
 
 from .checkpoint import merge_groups, merge_state, saved_group
-from .options import check_options, read_options
+from .hyperparameters import StepInputs
+from .options import check_capturable, check_max_grad_norm, check_options, read_options
 from .plan import Plan, check_parameter
 from .projections import Projection
 
@@ -52,6 +54,8 @@ class _AdamBase(Optimizer):
     """Everything the optimizers share; the signature of :class:`torch.optim.Adam` and more."""
 
     _monotone: ClassVar[bool]
+    # Tells torch.amp.GradScaler that step() unscales, and skips, by itself.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class _AdamBase(Optimizer):
         bias_correction: bool = True,
         projection: Projection | None = None,
         backend: str = "auto",
+        max_grad_norm: float | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -89,6 +94,7 @@ class _AdamBase(Optimizer):
             "backend": backend,
         }
         self._plan = Plan()
+        self.max_grad_norm = max_grad_norm
         check_options(defaults, optimizer=type(self).__name__, monotone=self._monotone)
         super().__init__(params, defaults)
 
@@ -134,16 +140,53 @@ class _AdamBase(Optimizer):
                 state tensor cannot be used; no parameter and no state has been changed then.
         """
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise NotImplementedError(
-                f"{type(self).__name__}.step() in a CUDA graph needs capturable=True, which is not "
-                "implemented yet; step outside the graph"
-            )
+            check_capturable(self.param_groups, type(self).__name__)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._plan.step(self.param_groups, self.state, self._options)
+        self._plan.step(self.param_groups, self.state, self._options, self._inputs())
         return loss
+
+    def _inputs(self) -> StepInputs:
+        # torch.amp.GradScaler sets both before it calls step(), and takes them away again.
+        return StepInputs(
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+            max_grad_norm=math.inf if self._max_grad_norm is None else self._max_grad_norm,
+        )
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The global norm gradients are clipped to inside the step, > 0; None: not clipped.
+
+        Raises:
+            TypeError, ValueError: set to what is not a positive finite number.
+        """
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self._max_grad_norm = None if value is None else check_max_grad_norm(value)
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """Norm of all gradients in the last step, unscaled and before clipping.
+
+        A float64 scalar on the first parameter's device, not waited for; None where
+        ``max_grad_norm`` was None, or before the first step.
+        """
+        return self._plan.grad_norm
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps were skipped because a gradient, or their norm, was not finite.
+
+        An int64 scalar, where counts are on a device, on that device and not waited for.
+        """
+        if self._plan.skipped_steps is None:
+            return torch.zeros((), dtype=torch.int64, device="cpu")
+        return self._plan.skipped_steps.clone()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state: tensors, numbers, strings, lists and dicts only.
@@ -191,8 +234,21 @@ class _AdamBase(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over pickled or loaded groups and state, with a plan that has bound nothing."""
+        state = dict(state)
+        skipped_steps = state.pop("skipped_steps", None)
+        if "_plan" in self.__dict__:
+            skipped_steps = self._plan.skipped_steps
         super().__setstate__(state)
         self._plan = Plan()
+        self._plan.skipped_steps = skipped_steps
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle or a copy holds: torch's, and what is no param group's."""
+        return {
+            **super().__getstate__(),
+            "_max_grad_norm": self._max_grad_norm,
+            "skipped_steps": self._plan.skipped_steps,
+        }
 
     def _options(self, group: dict[str, Any]) -> Any:
         return read_options(group, optimizer=type(self).__name__, monotone=self._monotone)
@@ -224,6 +280,7 @@ class _Decoupled(_AdamBase):
         bias_correction: bool = True,
         projection: Projection | None = None,
         backend: str = "auto",
+        max_grad_norm: float | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -241,6 +298,7 @@ class _Decoupled(_AdamBase):
             bias_correction=bias_correction,
             projection=projection,
             backend=backend,
+            max_grad_norm=max_grad_norm,
         )
 
 
@@ -271,15 +329,21 @@ class AdamAL(_AdamBase):
             float32, float64, bfloat16 and float16, and complex ones as pairs of reals; any
             device, shape and strides. Gradients have the parameter's type; with ``p.grad_dtype``
             16-bit parameters may have float32 gradients, and float32 ones 16-bit gradients.
-        lr: learning rate, ``>= 0``. A step with ``lr=0`` does not project. Default: 1e-3.
-        betas: decay rates of the two moments, each in ``[0, 1)``. Default: (0.9, 0.999).
+        lr: learning rate, ``>= 0``, a number or a float32 or float64 tensor of one element, which
+            every step reads anew: on the parameters' device it is not waited for. A float64 one
+            gives the bits of the number. A step with ``lr=0`` does not project. Default: 1e-3.
+        betas: decay rates of the two moments, each in ``[0, 1)``, both numbers or both tensors
+            like ``lr``. Default: (0.9, 0.999).
         eps: added to the denominator, ``>= 0``. Default: 1e-8.
         weight_decay: ``>= 0``, added to the gradient as ``weight_decay * p``. Default: 0.
         amsgrad: must be False: the second moment is already monotone, without a third buffer.
         foreach: True means ``backend="foreach"``. Default: None.
         maximize: ascend instead of descend. Default: False.
-        capturable: not implemented yet; must be False.
-        differentiable: not implemented yet; must be False.
+        capturable: keep step counts on the parameters' device and derive the step's scalars
+            there, so that a CUDA graph can capture the step; take one step before. Works on CPUs
+            too, to the same bits. Default: False.
+        differentiable: let autograd differentiate through the step; only
+            ``backend="reference"``, which ``"auto"`` then takes. Default: False.
         fused: True demands a fused backend (cuda, triton or cpu); False together with
             ``foreach=False`` means ``backend="reference"``. Default: None.
         decoupled_weight_decay: multiply ``p`` by ``1 - lr * weight_decay`` instead of adding to
@@ -291,14 +355,22 @@ class AdamAL(_AdamBase):
             ``"reference"``. ``"auto"`` takes the fastest that can run on each parameter's device,
             and warns once where that is not the first choice; a named one is never replaced.
             Default: ``"auto"``.
+        max_grad_norm: the norm of all gradients together, ``> 0``, that they are clipped to inside
+            the step, as :func:`torch.nn.utils.clip_grad_norm_` does before it; gradients stay as
+            they are. A step whose norm is not finite is skipped whole: ``v`` never forgets a
+            spike. See :attr:`last_grad_norm` and :attr:`skipped_steps`. Default: None, no
+            clipping.
 
-    State per parameter: ``step`` (float32 scalar on the CPU), ``exp_avg`` and ``exp_avg_sq``
-    (float64 for float64 parameters, else float32; laid out as the parameter).
+    State per parameter: ``step`` (float32 scalar, on the CPU unless the step's scalars are derived
+    on the device), ``exp_avg`` and ``exp_avg_sq`` (float64 for float64 parameters, else float32;
+    laid out as the parameter).
+
+    :class:`torch.amp.GradScaler` leaves unscaling, and skipping steps with infinite gradients, to
+    the step itself.
 
     Raises:
         TypeError, ValueError: an option is of a wrong type, out of range or contradicts another,
             or a parameter's type is not supported.
-        NotImplementedError: ``capturable``, ``differentiable``, or a Tensor for ``lr`` or a beta.
         RuntimeError: the named backend cannot run here; the message says what would make it run.
 
     Example:
@@ -320,7 +392,7 @@ class AdamALW(_Decoupled, AdamAL):
 
     Args:
         params, lr, betas, eps, amsgrad, maximize, foreach, capturable, differentiable, fused,
-            bias_correction, projection, backend: see :class:`AdamAL`.
+            bias_correction, projection, backend, max_grad_norm: see :class:`AdamAL`.
         weight_decay: ``p`` is multiplied by ``1 - lr * weight_decay``, ``>= 0``. Default: 1e-2.
 
     Example:
@@ -344,7 +416,8 @@ class Adam(_AdamBase):
 
     Args:
         params, lr, betas, eps, weight_decay, foreach, maximize, capturable, differentiable, fused,
-            decoupled_weight_decay, bias_correction, projection, backend: see :class:`AdamAL`.
+            decoupled_weight_decay, bias_correction, projection, backend, max_grad_norm: see
+            :class:`AdamAL`.
         amsgrad: divide by the largest ``v`` so far, kept in a third buffer
             ``max_exp_avg_sq`` (Reddi et al.; equation 16 of the paper). Default: False.
 
@@ -367,7 +440,7 @@ class AdamW(_Decoupled, Adam):
 
     Args:
         params, lr, betas, eps, weight_decay, maximize, foreach, capturable, differentiable, fused,
-            bias_correction, projection, backend: see :class:`AdamALW`.
+            bias_correction, projection, backend, max_grad_norm: see :class:`AdamALW`.
         amsgrad: see :class:`Adam`.
 
     Example:

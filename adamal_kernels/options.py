@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .backends import check_request
 from .bucket import SecondMoment
-from .hyperparameters import StepScalars, derive_step_scalars
+from .hyperparameters import StepOptions
 from .projections import Projection, is_known_set
 
-__all__ = ["IMPLEMENTATION_OPTIONS", "GroupOptions", "check_options", "read_options"]
+__all__ = [
+    "IMPLEMENTATION_OPTIONS",
+    "GroupOptions",
+    "check_capturable",
+    "check_max_grad_norm",
+    "check_options",
+    "read_options",
+]
 
 IMPLEMENTATION_OPTIONS = ("backend", "fused", "foreach", "capturable", "differentiable")
 """Options that choose how a step is computed, not what: a checkpoint does not overwrite them."""
@@ -34,9 +43,9 @@ _NAMES = (
 class GroupOptions(NamedTuple):
     """A group's options as one step uses them, checked."""
 
-    lr: float
-    beta1: float
-    beta2: float
+    lr: float | Tensor
+    beta1: float | Tensor
+    beta2: float | Tensor
     eps: float
     weight_decay: float
     decoupled_weight_decay: bool
@@ -47,13 +56,12 @@ class GroupOptions(NamedTuple):
     backend: str
     fused: bool | None
     foreach: bool | None
+    capturable: bool
+    differentiable: bool
 
-    def scalars(self, step: int, lower: float, upper: float) -> StepScalars:
-        """Return the scalar row of step number ``step``; a step with lr = 0 does not project."""
-        if self.lr == 0:
-            lower, upper = -math.inf, math.inf
-        return derive_step_scalars(
-            step=step,
+    def step_options(self, lower: float, upper: float) -> StepOptions:
+        """Return what the scalars of a step are derived from, for a set's bounds."""
+        return StepOptions(
             lr=self.lr,
             beta1=self.beta1,
             beta2=self.beta2,
@@ -65,6 +73,11 @@ class GroupOptions(NamedTuple):
             lower=lower,
             upper=upper,
         )
+
+    def has_tensor_on(self, device: torch.device) -> bool:
+        """Whether the learning rate or a beta is a tensor on ``device``."""
+        values = (self.lr, self.beta1, self.beta2)
+        return any(isinstance(value, Tensor) and value.device == device for value in values)
 
 
 def check_options(options: dict[str, Any], *, optimizer: str, monotone: bool) -> None:
@@ -78,23 +91,26 @@ def check_options(options: dict[str, Any], *, optimizer: str, monotone: bool) ->
     Raises:
         TypeError: an option is of another type than documented.
         ValueError: an option is out of its range, or options contradict each other.
-        NotImplementedError: an option that is part of the surface is not built yet.
     """
     if missing := [name for name in _NAMES if name not in options]:
         raise ValueError(
             f"a param group of {optimizer} has no {missing[0]!r}; set it, or add the group with "
             "add_param_group, which sets the defaults"
         )
-    _check_number(options["lr"], "lr", "lr >= 0", lambda lr: lr >= 0)
+    eager_foreach = options["foreach"] and not options["capturable"]
+    _check_scalar(options["lr"], "lr", "learning rate", eager_foreach, *_NONNEGATIVE)
     betas = options["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
+    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
+        raise ValueError(
+            f"betas must be either both floats or both Tensors, got {betas!r}; convert one of them"
+        )
     for index, beta in enumerate(betas):
-        _check_number(beta, f"betas[{index}]", "0 <= beta < 1", lambda beta: 0 <= beta < 1)
-    _check_number(options["eps"], "eps", "eps >= 0", lambda eps: eps >= 0)
-    _check_number(
-        options["weight_decay"], "weight_decay", "weight_decay >= 0", lambda decay: decay >= 0
-    )
+        named = (f"betas[{index}]", f"beta parameter at index {index}")
+        _check_scalar(beta, *named, eager_foreach, "0 <= beta < 1", lambda beta: 0 <= beta < 1)
+    _check_number(options["eps"], "eps", "epsilon value", *_NONNEGATIVE)
+    _check_number(options["weight_decay"], "weight_decay", "weight_decay value", *_NONNEGATIVE)
     for name in (
         "amsgrad",
         "maximize",
@@ -105,9 +121,6 @@ def check_options(options: dict[str, Any], *, optimizer: str, monotone: bool) ->
     ):
         if not isinstance(options[name], bool):
             raise TypeError(f"{name} must be True or False, got {options[name]!r}")
-    for name in ("capturable", "differentiable"):
-        if options[name]:
-            raise NotImplementedError(f"{name}=True is not implemented yet; leave it False")
     if monotone and options["amsgrad"]:
         raise ValueError(
             f"amsgrad=True: {optimizer} has no use for it, its second moment already never "
@@ -120,7 +133,12 @@ def check_options(options: dict[str, Any], *, optimizer: str, monotone: bool) ->
             f"projection must be a set such as Box(-1, 1) or NonNegative(), or None, "
             f"got {projection!r}"
         )
-    check_request(options["backend"], fused=options["fused"], foreach=options["foreach"])
+    check_request(
+        options["backend"],
+        fused=options["fused"],
+        foreach=options["foreach"],
+        differentiable=options["differentiable"],
+    )
 
 
 def read_options(group: dict[str, Any], *, optimizer: str, monotone: bool) -> GroupOptions:
@@ -132,9 +150,9 @@ def read_options(group: dict[str, Any], *, optimizer: str, monotone: bool) -> Gr
         second_moment = SecondMoment.AMSGRAD if group["amsgrad"] else SecondMoment.PLAIN
     beta1, beta2 = group["betas"]
     return GroupOptions(
-        lr=float(group["lr"]),
-        beta1=float(beta1),
-        beta2=float(beta2),
+        lr=_scalar(group["lr"]),
+        beta1=_scalar(beta1),
+        beta2=_scalar(beta2),
         eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]),
         decoupled_weight_decay=group["decoupled_weight_decay"],
@@ -145,14 +163,76 @@ def read_options(group: dict[str, Any], *, optimizer: str, monotone: bool) -> Gr
         backend=group["backend"],
         fused=group["fused"],
         foreach=group["foreach"],
+        capturable=group["capturable"],
+        differentiable=group["differentiable"],
     )
 
 
-def _check_number(value: Any, name: str, allowed: str, in_range: Any) -> None:
-    if isinstance(value, Tensor):
-        raise NotImplementedError(
-            f"{name} as a Tensor is not implemented yet; pass a number, such as {name}.item()"
+def check_max_grad_norm(value: Any) -> float:
+    """Return ``max_grad_norm`` as a float.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is not positive and finite.
+    """
+    _check_number(
+        value, "max_grad_norm", "max_grad_norm value", "{name} > 0", lambda number: number > 0
+    )
+    return float(value)
+
+
+def check_capturable(groups: Iterable[dict[str, Any]], optimizer: str) -> None:
+    """Check that a step can be captured in a CUDA graph.
+
+    Raises:
+        RuntimeError: a group is not capturable.
+    """
+    for index, group in enumerate(groups):
+        if not group["capturable"]:
+            raise RuntimeError(
+                f"{optimizer}.step() is being captured in a CUDA graph, and group {index} has "
+                "capturable=False; set capturable=True, or step outside the graph"
+            )
+
+
+_NONNEGATIVE = ("{name} >= 0", lambda number: number >= 0)
+
+
+def _scalar(value: Any) -> float | Tensor:
+    return value if isinstance(value, Tensor) else float(value)
+
+
+def _check_scalar(
+    value: Any,
+    name: str,
+    title: str,
+    eager_foreach: bool,
+    allowed: str,
+    in_range: Callable[[float], bool],
+) -> None:
+    """Check a number, or a tensor of one; the value only of a tensor that the host can read."""
+    if not isinstance(value, Tensor):
+        _check_number(value, name, title, allowed, in_range)
+        return
+    if eager_foreach:
+        raise ValueError(
+            f"{name} as a Tensor is not supported for capturable=False and foreach=True; pass a "
+            f"number, capturable=True, or leave foreach=None"
         )
+    if value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"Tensor {name} must be float32 or float64, got {value.dtype}")
+    if value.device.type == "cpu":
+        _check_number(value.item(), name, title, allowed, in_range)
+
+
+def _check_number(
+    value: Any, name: str, title: str, allowed: str, in_range: Callable[[float], bool]
+) -> None:
+    """Check a number; ``title`` is what torch's own messages call it."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number, got a Tensor; pass {name}.item()")
     # numpy's scalars and fractions are numbers too, so ask for the conversion, not the class.
     try:
         number = None if isinstance(value, (bool, str, bytes, bytearray)) else float(value)
@@ -163,4 +243,7 @@ def _check_number(value: Any, name: str, allowed: str, in_range: Any) -> None:
     if number is None:
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
     if not math.isfinite(number) or not in_range(number):
-        raise ValueError(f"{name}={value!r} is out of range; it must be finite and {allowed}")
+        raise ValueError(
+            f"Invalid {title}: {value!r}. {name}={value!r} is out of range; it must be finite and "
+            f"{allowed.format(name=name)}"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from .backends import FUSED, Backend, pick
 from .backends.native import NativeBackend
-from .bucket import Bucket, BucketKey, SecondMoment
+from .bucket import Bucket, BucketKey, DeviceScalars, SecondMoment
 from .dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
-from .hyperparameters import StepScalars
+from .gradient_norm import ordered_sum
+from .hyperparameters import StepInputs, derive_step_scalars
 from .layout import empty_dense_like, has_memory, is_dense, overlapping_pair, same_layout
 from .options import GroupOptions
+from .rounding import rounded_sqrt
 from .steady_state import Binding, bind
 
 __all__ = ["Plan", "check_parameter", "new_state", "real_dtype"]
@@ -58,12 +60,17 @@ class Plan:
         self._steady_state: Any | None = None
         self.backends_used: tuple[str, ...] = ()
         """Names of the backends of the last step that was checked."""
+        self.grad_norm: Tensor | None = None
+        """Of the last step: the norm of all gradients, unscaled; None if it was not asked for."""
+        self.skipped_steps: Tensor | None = None
+        """How many steps were skipped, int64; None before the first that could be."""
 
     def step(
         self,
         param_groups: list[dict[str, Any]],
         state: MutableMapping[Tensor, dict[str, Any]],
         read_options: Callable[[dict[str, Any]], GroupOptions],
+        inputs: StepInputs,
     ) -> None:
         """Step every parameter that has a gradient.
 
@@ -71,28 +78,36 @@ class Plan:
             param_groups: the optimizer's.
             state: the optimizer's; entries are made for parameters seen the first time.
             read_options: checks a group and returns its options.
+            inputs: what may scale, clip or skip the step. The norm is found here, if
+                ``max_grad_norm`` is finite.
 
         Raises:
             RuntimeError, TypeError, ValueError, NotImplementedError: an option, a gradient, a
                 state tensor or a backend cannot be used; nothing has been changed then.
         """
+        self.grad_norm = None
         if self._steady_state is not None:
-            if self._steady_state.step(param_groups, state):
+            inputs = inputs._replace(skipped_steps=self.skipped_steps)
+            if self._steady_state.step(param_groups, state, *inputs, self._norm_of_sums):
                 return
             self._steady_state = None
+        options = [read_options(group) for group in param_groups]
+        if any(o.differentiable for o in options):
+            self._checked_step(param_groups, options, state, inputs)
+            return
         # Out of inference mode, so that new state is made of ordinary tensors.
         with torch.inference_mode(False), torch.no_grad():
-            self._checked_step(param_groups, state, read_options)
+            self._checked_step(param_groups, options, state, inputs)
 
     def _checked_step(
         self,
         param_groups: list[dict[str, Any]],
+        options: Sequence[GroupOptions],
         state: MutableMapping[Tensor, dict[str, Any]],
-        read_options: Callable[[dict[str, Any]], GroupOptions],
+        inputs: StepInputs,
     ) -> None:
-        options = [read_options(group) for group in param_groups]
         entries = [
-            _check_entry(param, options[g], f"params[{i}] of group {g}")
+            _check_entry(param, options[g], f"params[{i}] of group {g}", state, inputs)
             for g, group in enumerate(param_groups)
             for i, param in enumerate(group["params"])
             if param.grad is not None
@@ -101,35 +116,54 @@ class Plan:
             if held := state.get(entry.param):
                 _check_state(entry, held)
         _check_overlaps(entries, state)
-        staged = self._step_entries(entries, state)
-        if not staged:
+        if self._step_entries(entries, state, inputs):
             self._steady_state = self._bind(param_groups, options, state, entries)
 
     def _step_entries(
-        self, entries: Sequence[_Entry], state: MutableMapping[Tensor, dict[str, Any]]
+        self,
+        entries: Sequence[_Entry],
+        state: MutableMapping[Tensor, dict[str, Any]],
+        inputs: StepInputs,
     ) -> bool:
-        """Step checked entries; return whether any tensor had to be copied to be stepped."""
+        """Step checked entries; return whether all were stepped in place, without copies."""
         buckets: dict[tuple[str, BucketKey], tuple[Backend, Bucket]] = {}
-        row_indices: dict[tuple[str, BucketKey], dict[StepScalars, int]] = {}
-        write_backs: list[_WriteBack] = []
-        steps = []
-        staged = False
+        bucket_of = []
+        in_place = True
         for entry in entries:
-            held = _state_of(entry, state)
-            steps.append(held["step"])
             place = (entry.backend.name, entry.key)
             if place not in buckets:
                 workspace = self._workspaces.setdefault(place, {})
                 buckets[place] = (entry.backend, Bucket(entry.key, workspace=workspace))
-                row_indices[place] = {}
             bucket = buckets[place][1]
-            scalars = entry.options.scalars(int(held["step"].item()) + 1, *entry.bounds)
-            indices = row_indices[place]
-            if scalars not in indices:
-                indices[scalars] = len(bucket.scalars)
-                bucket.scalars.append(scalars)
-            bucket.rows.append(indices[scalars])
-            staged |= _append_tensors(bucket, entry, held, write_backs)
+            bucket_of.append(bucket)
+            in_place &= _append_gradient(bucket, entry)
+
+        inputs = self._complete(inputs, buckets.values())
+        factor: float | Tensor = 1.0
+        on_device = [key.device_scalars for _, key in buckets]
+        if not all(on_device):
+            factor, skip = inputs.factor_on_host()
+            if skip and not any(on_device):
+                if inputs.skipped_steps is not None:
+                    inputs.skipped_steps.add_(1)
+                return False
+
+        write_backs: list[_WriteBack] = []
+        steps = []
+        indices: dict[int, dict[Any, int]] = {}
+        for entry, bucket in zip(entries, bucket_of, strict=True):
+            held = _state_of(entry, state)
+            table = indices.setdefault(id(bucket), {})
+            if bucket.key.device_scalars:
+                if bucket.device_scalars is None:
+                    bucket.device_scalars = DeviceScalars(inputs=inputs.to(bucket.key.device))
+                    # The first bucket counts a skipped step, once for all.
+                    inputs = inputs._replace(skipped_steps=None)
+                _append_options(bucket, bucket.device_scalars, entry, held["step"], table)
+            else:
+                _append_scalars(bucket, entry, held["step"], factor, table)
+                steps.append(held["step"])
+            _append_tensors(bucket, entry, held, write_backs)
 
         for backend, bucket in buckets.values():
             backend.step(bucket)
@@ -142,7 +176,35 @@ class Plan:
             torch._foreach_add_(steps, 1)
         if buckets:
             self.backends_used = tuple(sorted({name for name, _ in buckets}))
-        return staged
+        return in_place and not write_backs
+
+    def _complete(
+        self, inputs: StepInputs, buckets: Iterable[tuple[Backend, Bucket]]
+    ) -> StepInputs:
+        """Add the norm to what is known of the gradients, and the counter of skipped steps."""
+        buckets = list(buckets)
+        if inputs.max_grad_norm < math.inf:
+            # In the order of the plans that are bound later.
+            ordered = sorted(buckets, key=lambda entry: repr(entry[1].key))
+            sums = [backend.squared_norm(bucket) for backend, bucket in ordered]
+            inputs = inputs._replace(grad_norm=self._norm_of_sums(sums, inputs.grad_scale))
+        if inputs.may_skip and buckets:
+            devices = [b.key.device for _, b in buckets if b.key.device_scalars]
+            counts = self.skipped_steps
+            if counts is None:
+                counts = torch.zeros((), dtype=torch.int64, device="cpu")
+            self.skipped_steps = counts.to(devices[0] if devices else "cpu")
+            inputs = inputs._replace(skipped_steps=self.skipped_steps)
+        return inputs
+
+    def _norm_of_sums(self, sums: Sequence[Tensor], grad_scale: Tensor | None) -> Tensor:
+        """Return the unscaled norm on the first device, from each bucket's sum of squares."""
+        norm = rounded_sqrt(ordered_sum(sums))
+        if grad_scale is not None:
+            scale = grad_scale.detach().double().reshape(()).to(norm.device, non_blocking=True)
+            norm = norm * scale.reciprocal()
+        self.grad_norm = norm
+        return norm
 
     @staticmethod
     def _bind(
@@ -159,7 +221,7 @@ class Plan:
                 if not state.get(param):
                     continue
                 entry = by_param.get(param)
-                key = entry.key if entry else _key_without_grad(param, group_options)
+                key = entry.key if entry else _key_without_grad(param, group_options, state[param])
                 backend = entry.backend if entry else _pick(key, group_options)
                 if not isinstance(backend, NativeBackend):
                     return None
@@ -198,10 +260,10 @@ def check_parameter(param: Tensor, options: GroupOptions, where: str) -> None:
     _pick(_key_without_grad(param, options), options)
 
 
-def new_state(param: Tensor, second_moment: SecondMoment) -> dict[str, Any]:
+def new_state(param: Tensor, second_moment: SecondMoment, step_device: Any) -> dict[str, Any]:
     """Return the state of a parameter that has not been stepped: torch.optim.Adam's keys."""
     keys = (*MOMENTS, MAX_MOMENT) if second_moment is SecondMoment.AMSGRAD else MOMENTS
-    held: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
+    held: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=step_device)}
     for key in keys:
         held[key] = empty_dense_like(param, moment_dtype(param)).zero_()
     return held
@@ -221,7 +283,13 @@ def _check_is_ordinary(tensor: Tensor, what: str) -> None:
         )
 
 
-def _check_entry(param: Tensor, options: GroupOptions, where: str) -> _Entry:
+def _check_entry(
+    param: Tensor,
+    options: GroupOptions,
+    where: str,
+    state: MutableMapping[Tensor, dict[str, Any]],
+    inputs: StepInputs,
+) -> _Entry:
     grad = param.grad
     assert grad is not None
     _check_is_ordinary(param, where)
@@ -265,20 +333,83 @@ def _check_entry(param: Tensor, options: GroupOptions, where: str) -> _Entry:
             f"the gradient of {where} has type {grad.dtype} for a parameter of {param.dtype}; "
             f"{remedy}"
         )
-    key = BucketKey(param.device, dtypes, options.second_moment)
+    on_device = _derives_on_device(param, options, state.get(param), inputs)
+    key = BucketKey(param.device, dtypes, options.second_moment, on_device)
     bounds = _bounds(options, dtypes.param)
     return _Entry(param, grad, options, bounds, key, _pick(key, options), where)
 
 
-def _key_without_grad(param: Tensor, options: GroupOptions) -> BucketKey:
+def _append_scalars(
+    bucket: Bucket,
+    entry: _Entry,
+    step: Tensor,
+    factor: float | Tensor,
+    table: dict[Any, int],
+) -> None:
+    """Append an entry's row of scalars, or the index of an equal one."""
+    options = entry.options.step_options(*entry.bounds).on_host()
+    scalars = derive_step_scalars(int(step.item()) + 1, options, factor)
+    if scalars not in table:
+        table[scalars] = len(bucket.scalars)
+        bucket.scalars.append(scalars)
+    bucket.rows.append(table[scalars])
+
+
+def _append_options(
+    bucket: Bucket, source: DeviceScalars, entry: _Entry, step: Tensor, table: dict[Any, int]
+) -> None:
+    """Append what an entry's scalars are derived from on the device, or the index of its equal."""
+    # Tensors by identity: their values are the device's to compare.
+    key = (entry.bounds, *map(_identity, entry.options))
+    if key not in table:
+        table[key] = len(source.options)
+        options = entry.options.step_options(*entry.bounds)
+        source.options.append(options.on_device(bucket.key.device))
+    bucket.rows.append(table[key])
+    source.steps.append(step)
+
+
+def _identity(value: Any) -> Any:
+    return id(value) if isinstance(value, Tensor) else value
+
+
+def _key_without_grad(
+    param: Tensor, options: GroupOptions, held: Mapping[str, Any] | None = None
+) -> BucketKey:
     """Return the key of a parameter whose gradient is not there to be asked for its type."""
     dtype = real_dtype(param.dtype)
     grad_dtype = real_dtype(getattr(param, "grad_dtype", None) or param.dtype)
-    return BucketKey(param.device, DtypePair(dtype, grad_dtype), options.second_moment)
+    on_device = _derives_on_device(param, options, held, StepInputs())
+    pair = DtypePair(dtype, grad_dtype)
+    return BucketKey(param.device, pair, options.second_moment, on_device)
+
+
+def _derives_on_device(
+    param: Tensor, options: GroupOptions, held: Mapping[str, Any] | None, inputs: StepInputs
+) -> bool:
+    """Whether the step's scalars are the device's to derive: where the host would have to wait."""
+    if options.capturable or options.differentiable:
+        return True
+    if param.device.type == "cpu":
+        return False
+    step = (held or {}).get("step")
+    return (
+        inputs.grad_scale is not None
+        or inputs.may_skip
+        or options.has_tensor_on(param.device)
+        # Once there, the count stays: to read it would be to wait for it.
+        or (isinstance(step, Tensor) and step.device == param.device)
+    )
 
 
 def _pick(key: BucketKey, options: GroupOptions) -> Backend:
-    return pick(key, backend=options.backend, fused=options.fused, foreach=options.foreach)
+    return pick(
+        key,
+        backend=options.backend,
+        fused=options.fused,
+        foreach=options.foreach,
+        differentiable=options.differentiable,
+    )
 
 
 def _bounds(options: GroupOptions, dtype: torch.dtype) -> tuple[float, float]:
@@ -296,7 +427,12 @@ def _check_state(entry: _Entry, held: Mapping[str, Any]) -> None:
                 f"state of {where} has no {key!r}; clear the parameter's state to start it anew"
             )
     step = held["step"]
-    if not isinstance(step, Tensor) or step.numel() != 1 or not 0 <= step.item() < math.inf:
+    if (
+        not isinstance(step, Tensor)
+        or step.numel() != 1
+        # A count on the device is not read: that would be to wait for it.
+        or (step.device.type == "cpu" and not 0 <= step.item() < math.inf)
+    ):
         raise ValueError(
             f"state['step'] of {where} must be a tensor of one element, a number finite and >= 0, "
             f"got {step!r}"
@@ -366,8 +502,9 @@ def _state_of(entry: _Entry, state: MutableMapping[Tensor, dict[str, Any]]) -> d
     """Return the parameter's state, made if missing, moved with the parameter if that moved."""
     param = entry.param
     held = state[param]
+    step_device = param.device if entry.key.device_scalars else torch.device("cpu")
     if not held:
-        held.update(new_state(param, entry.key.second_moment))
+        held.update(new_state(param, entry.key.second_moment, step_device))
         return held
     if entry.key.second_moment is SecondMoment.AMSGRAD and MAX_MOMENT not in held:
         # amsgrad was switched on in a running group: the largest v known so far is this one.
@@ -376,35 +513,47 @@ def _state_of(entry: _Entry, state: MutableMapping[Tensor, dict[str, Any]]) -> d
         if key in held:
             held[key] = held[key].to(device=param.device, dtype=moment_dtype(param))
     step = held["step"]
-    if step.device.type != "cpu" or step.dtype != torch.float32 or step.dim() != 0:
-        held["step"] = step.to(device="cpu", dtype=torch.float32).reshape(())
+    if step.device != step_device or step.dtype != torch.float32 or step.dim() != 0:
+        held["step"] = step.to(device=step_device, dtype=torch.float32).reshape(())
     return held
+
+
+def _append_gradient(bucket: Bucket, entry: _Entry) -> bool:
+    """Append the gradient in the parameter's memory order; return whether it was not copied."""
+    grad = _attached(entry.grad, entry)
+    dense = _with_layout(grad, _pattern(entry))
+    bucket.grads.append(_as_real(dense))
+    return dense is grad
 
 
 def _append_tensors(
     bucket: Bucket, entry: _Entry, held: dict[str, Any], write_backs: list[_WriteBack]
-) -> bool:
-    """Append an entry's tensors, dense, in one memory order, complex ones as pairs of reals.
-
-    Returns whether any of them had to be copied for that.
-    """
-    copies_before = len(write_backs)
-    param = entry.param.detach()
-    written = [(param, bucket.params), (held["exp_avg"], bucket.exp_avgs)]
-    written.append((held["exp_avg_sq"], bucket.exp_avg_sqs))
+) -> None:
+    """Append what the step changes, dense, in one memory order, complex ones as pairs of reals."""
+    written = [
+        (_attached(entry.param, entry), bucket.params),
+        (held["exp_avg"], bucket.exp_avgs),
+        (held["exp_avg_sq"], bucket.exp_avg_sqs),
+    ]
     if bucket.key.second_moment is SecondMoment.AMSGRAD:
         written.append((held[MAX_MOMENT], bucket.max_exp_avg_sqs))
-
-    pattern = param if is_dense(param) else empty_dense_like(param, param.dtype)
+    pattern = _pattern(entry)
     for tensor, destination in written:
         dense = _with_layout(tensor, pattern)
         if dense is not tensor:
             write_backs.append(_WriteBack(tensor, dense))
         destination.append(_as_real(dense))
-    grad = entry.grad.detach()
-    dense_grad = _with_layout(grad, pattern)
-    bucket.grads.append(_as_real(dense_grad))
-    return dense_grad is not grad or len(write_backs) > copies_before
+
+
+def _attached(tensor: Tensor, entry: _Entry) -> Tensor:
+    """Return the tensor for a backend: part of the autograd graph only where that is asked for."""
+    return tensor if entry.options.differentiable else tensor.detach()
+
+
+def _pattern(entry: _Entry) -> Tensor:
+    """Return a dense tensor whose layout is the step's."""
+    param = entry.param.detach()
+    return param if is_dense(param) else empty_dense_like(param, param.dtype)
 
 
 def _with_layout(tensor: Tensor, pattern: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backends.native import NativeBackend
+from .backends.native import NativeBackend, bound_options
 from .bucket import BucketKey
 from .options import GroupOptions
 from .projections import Projection
@@ -51,32 +51,44 @@ def bind(
     if type(param_groups) is not list or not all(map(_is_comparable, param_groups)):
         return None
     extension = import_module("adamal_kernels._C")
-    plans: dict[BucketKey, int] = {}
-    plan_objects = []
-    rows: dict[tuple[int, tuple[float, float]], int] = {}
-    bound_options = []
+    # A fixed order, in which their sums of squares are added.
+    keys = sorted({binding.key for binding in bindings.values()}, key=repr)
+    backends = {binding.key: binding.backend for binding in bindings.values()}
+    steps: list[list[Tensor]] = [[] for _ in keys]
+    params: list[list[Tensor]] = [[] for _ in keys]
+    rows: dict[Any, int] = {}
+    bound = []
     members = []
-    bound_params = []
     for g, group in enumerate(param_groups):
         for param in group["params"]:
             binding = bindings.get(param)
             if binding is None:
                 members.append(None)
                 continue
-            if binding.key not in plans:
-                plans[binding.key] = len(plan_objects)
-                plan_objects.append(binding.backend.new_plan(binding.key))
-            if (g, binding.bounds) not in rows:
-                rows[g, binding.bounds] = len(bound_options)
-                bound_options.append(_bound_options(extension, g, options[g], binding.bounds))
-            members.append(extension.Membership(plans[binding.key], rows[g, binding.bounds]))
-            bound_params.append(param)
-    if not bound_params:
+            plan = keys.index(binding.key)
+            device = binding.key.device if binding.key.device_scalars else None
+            if (g, device, binding.bounds) not in rows:
+                rows[g, device, binding.bounds] = len(bound)
+                step_options = options[g].step_options(*binding.bounds)
+                bound.append(bound_options(step_options, group=g, device=device))
+            members.append(extension.Membership(plan, rows[g, device, binding.bounds]))
+            steps[plan].append(state[param]["step"])
+            params[plan].append(param)
+    if not bindings:
         return None
-    steps = torch.stack([state[param]["step"] for param in bound_params])
-    steady = extension.SteadyState(param_groups, state, members, bound_options, plan_objects, steps)
-    for param, step in zip(bound_params, steps.unbind(), strict=True):
-        state[param]["step"] = step
+    packs = [torch.stack(counts) for counts in steps]
+    steady = extension.SteadyState(
+        param_groups,
+        state,
+        members,
+        bound,
+        [backends[key].new_plan(key) for key in keys],
+        packs,
+        [key.device_scalars for key in keys],
+    )
+    for pack, stepped in zip(packs, params, strict=True):
+        for param, step in zip(stepped, pack.unbind(), strict=True):
+            state[param]["step"] = step
     return steady if steady.bind(state) else None
 
 
@@ -85,13 +97,15 @@ def _is_comparable(group: Any) -> bool:
     if type(group) is not dict or type(group["params"]) is not list:
         return False
     betas = group["betas"]
-    return isinstance(betas, tuple) and all(
-        isinstance(value, _IMMUTABLE) for value in (*betas, *(group[name] for name in _COMPARED))
+    # C++ reads tensors anew in every step.
+    return (
+        isinstance(betas, tuple)
+        and all(isinstance(value, (Tensor, *_IMMUTABLE)) for value in (group["lr"], *betas))
+        and all(isinstance(group[name], _IMMUTABLE) for name in _COMPARED)
     )
 
 
 _COMPARED = (
-    "lr",
     "eps",
     "weight_decay",
     "amsgrad",
@@ -105,21 +119,3 @@ _COMPARED = (
     "projection",
     "backend",
 )
-
-
-def _bound_options(
-    extension: Any, group: int, options: GroupOptions, bounds: tuple[float, float]
-) -> Any:
-    return extension.BoundOptions(
-        group=group,
-        lr=options.lr,
-        beta1=options.beta1,
-        beta2=options.beta2,
-        eps=options.eps,
-        weight_decay=options.weight_decay,
-        lower=bounds[0],
-        upper=bounds[1],
-        decoupled_weight_decay=options.decoupled_weight_decay,
-        maximize=options.maximize,
-        bias_correction=options.bias_correction,
-    )

@@ -35,7 +35,7 @@ struct StepScalars {
   T eps;
   T coupled_decay;
   T decay_factor;
-  T grad_sign;
+  T grad_factor;
   T lower;
   T upper;
 
@@ -52,7 +52,7 @@ struct StepScalars {
         eps(static_cast<T>(other.eps)),
         coupled_decay(static_cast<T>(other.coupled_decay)),
         decay_factor(static_cast<T>(other.decay_factor)),
-        grad_sign(static_cast<T>(other.grad_sign)),
+        grad_factor(static_cast<T>(other.grad_factor)),
         lower(static_cast<T>(other.lower)),
         upper(static_cast<T>(other.upper)) {}
 };
@@ -72,7 +72,7 @@ struct Element {
 template <SecondMoment kSecondMoment, typename T>
 ADAMAL_HD inline Element<T> step_element(Element<T> e, T grad, const StepScalars<T>& s) {
   using std::sqrt;
-  T g = s.grad_sign * grad;
+  T g = s.grad_factor * grad;
   // Left out rather than added as 0 * p: that would be NaN where p is infinite.
   if (s.coupled_decay != T(0)) g = g + s.coupled_decay * e.param;
   const T p = e.param * s.decay_factor;
@@ -128,7 +128,8 @@ ADAMAL_HD inline double beta_power(double beta, int64_t exponent) {
 }
 
 // The twin of hyperparameters.derive_step_scalars.
-ADAMAL_HD inline StepScalars<double> derive_step_scalars(int64_t step, const StepOptions& options) {
+ADAMAL_HD inline StepScalars<double> derive_step_scalars(int64_t step, const StepOptions& options,
+                                                         double grad_factor) {
   using std::sqrt;
   StepScalars<double> s;
   s.one_minus_beta1 = 1.0 - options.beta1;
@@ -143,10 +144,40 @@ ADAMAL_HD inline StepScalars<double> derive_step_scalars(int64_t step, const Ste
   s.eps = options.eps;
   s.coupled_decay = options.decoupled_weight_decay ? 0.0 : options.weight_decay;
   s.decay_factor = options.decoupled_weight_decay ? 1.0 - options.lr * options.weight_decay : 1.0;
-  s.grad_sign = options.maximize ? -1.0 : 1.0;
-  s.lower = options.lower;
-  s.upper = options.upper;
+  s.grad_factor = options.maximize ? -grad_factor : grad_factor;
+  // A step with a learning rate of 0 does not project.
+  s.lower = options.lr == 0 ? -double(INFINITY) : options.lower;
+  s.upper = options.lr == 0 ? double(INFINITY) : options.upper;
   return s;
+}
+
+// What a step learns of its gradients before it takes them; null where there is nothing to learn.
+// The twin of hyperparameters.StepInputs.
+struct StepInputs {
+  const float* grad_scale;
+  const float* found_inf;
+  const double* grad_norm;  // unscaled
+  double max_grad_norm;
+};
+
+struct GradientFactor {
+  double factor;
+  bool skip;
+};
+
+// The twin of hyperparameters.gradient_factor.
+ADAMAL_HD inline GradientFactor gradient_factor(const StepInputs& inputs) {
+  GradientFactor found{1.0, false};
+  if (inputs.grad_scale != nullptr) found.factor = 1.0 / double(*inputs.grad_scale);
+  if (inputs.found_inf != nullptr) found.skip = *inputs.found_inf != 0;
+  if (inputs.grad_norm != nullptr) {
+    const double norm = *inputs.grad_norm;
+    // False for NaN too.
+    found.skip = found.skip || !(norm < double(INFINITY));
+    const double clip = inputs.max_grad_norm / (norm + 1e-6);
+    if (clip < 1.0) found.factor *= clip;
+  }
+  return found;
 }
 
 }  // namespace adamal

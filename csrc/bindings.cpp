@@ -1,11 +1,13 @@
 // The module adamal_kernels._C: plans, the CPU step and the steady state.
 #include <torch/extension.h>
 
+#include <array>
 #include <memory>
 #include <string_view>
 
 #include "plan.h"
 #include "steady_state.h"
+#include "tensor_checks.h"
 
 namespace py = pybind11;
 
@@ -50,34 +52,110 @@ void collect_garbage(PyHeapTypeObject* heap_type) {
   };
 }
 
-// One step of a bucket as adamal_kernels.bucket.Bucket holds it.
-void step(Plan& plan, const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
-          const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs, const py::buffer& scalars,
-          const std::vector<uint32_t>& rows) {
+std::vector<const void*> addresses_of(const Tensors& tensors) {
+  std::vector<const void*> addresses;
+  for (const at::Tensor& tensor : tensors) {
+    addresses.push_back(tensor.numel() == 0 ? &kEmptyGradient : tensor.const_data_ptr());
+  }
+  return addresses;
+}
+
+// Binds the tensors of a bucket as adamal_kernels.bucket.Bucket holds it.
+void bind(Plan& plan, const Tensors& params, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+          const Tensors& max_exp_avg_sqs) {
   const bool amsgrad = plan.second_moment() == SecondMoment::amsgrad;
-  check_same_length(params.size(), grads.size(), "grads");
   check_same_length(params.size(), exp_avgs.size(), "exp_avgs");
   check_same_length(params.size(), exp_avg_sqs.size(), "exp_avg_sqs");
   check_same_length(amsgrad ? params.size() : 0, max_exp_avg_sqs.size(), "max_exp_avg_sqs");
-  check_same_length(params.size(), rows.size(), "rows");
+  std::vector<TensorEntry> entries;
+  for (size_t i = 0; i < params.size(); ++i) {
+    entries.push_back({params[i].data_ptr(), exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(),
+                       amsgrad ? max_exp_avg_sqs[i].data_ptr() : nullptr, params[i].numel()});
+  }
+  plan.bind(entries);
+}
+
+// Of gradients alone: binds no other tensors, so the plan is not one that steps.
+at::Tensor squared_norm(Plan& plan, const Tensors& grads) {
+  std::vector<TensorEntry> entries;
+  for (const at::Tensor& grad : grads) {
+    entries.push_back({nullptr, nullptr, nullptr, nullptr, grad.numel()});
+  }
+  plan.bind(entries);
+  return plan.squared_norm(addresses_of(grads));
+}
+
+void check_rows(const Plan& plan, const Tensors& grads, const std::vector<uint32_t>& rows,
+                int64_t row_count) {
+  check_same_length(plan.tensors().size(), grads.size(), "grads");
+  check_same_length(plan.tensors().size(), rows.size(), "rows");
+  for (const uint32_t row : rows) {
+    TORCH_CHECK(row < row_count, "row ", row, " of a table of ", row_count);
+  }
+}
+
+void step(Plan& plan, const Tensors& grads, const py::buffer& scalars,
+          const std::vector<uint32_t>& rows) {
   const py::buffer_info table = scalars.request();
   TORCH_CHECK(table.item_type_is_equivalent_to<double>() && table.ndim == 1 &&
                   table.size % kStepScalarCount == 0,
               "scalars must be an array of float64, ", kStepScalarCount, " a row");
   const int64_t row_count = table.size / kStepScalarCount;
-
-  std::vector<TensorEntry> entries;
-  std::vector<const void*> grad_addresses;
-  for (size_t i = 0; i < params.size(); ++i) {
-    TORCH_CHECK(rows[i] < row_count, "row ", rows[i], " of a table of ", row_count);
-    entries.push_back({params[i].data_ptr(), exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(),
-                       amsgrad ? max_exp_avg_sqs[i].data_ptr() : nullptr, params[i].numel()});
-    grad_addresses.push_back(grads[i].const_data_ptr());
-  }
+  check_rows(plan, grads, rows, row_count);
   const auto* first_row = static_cast<const StepScalars<double>*>(table.ptr);
   const py::gil_scoped_release no_gil;
-  plan.bind(entries);
-  plan.step(grad_addresses, rows, first_row, row_count);
+  plan.step(addresses_of(grads), rows, first_row, row_count);
+}
+
+const void* address_of(const std::optional<at::Tensor>& tensor, at::ScalarType type,
+                       c10::Device device) {
+  if (!tensor) return nullptr;
+  TORCH_CHECK(tensor->numel() == 1 && tensor->scalar_type() == type && tensor->device() == device,
+              "expected one ", type, " on ", device, ", got ", tensor->toString(), " on ",
+              tensor->device());
+  return tensor->const_data_ptr();
+}
+
+using ScalarTensors = std::array<std::optional<at::Tensor>, 3>;  // lr, beta1, beta2
+
+DeviceOptions device_options(const BoundOptions& numbers, const ScalarTensors& tensors,
+                             c10::Device device) {
+  DeviceOptions options = numbers.step;
+  DeviceOptions::Address* const targets[] = {&options.lr, &options.beta1, &options.beta2};
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!tensors[i]) continue;
+    *targets[i] = {address_of(tensors[i], tensors[i]->scalar_type(), device),
+                   tensors[i]->scalar_type() == at::kDouble};
+  }
+  return options;
+}
+
+// The step of a bucket whose scalars are derived on its device; `counts` are those of its tensors.
+void step_on_device(Plan& plan, const Tensors& grads, const std::vector<BoundOptions>& options,
+                    const std::vector<ScalarTensors>& scalar_tensors,
+                    const std::vector<uint32_t>& rows, const at::Tensor& counts,
+                    const std::optional<at::Tensor>& grad_scale,
+                    const std::optional<at::Tensor>& found_inf,
+                    const std::optional<at::Tensor>& grad_norm, double max_grad_norm,
+                    const std::optional<at::Tensor>& skipped_steps) {
+  check_same_length(options.size(), scalar_tensors.size(), "tuples of scalar tensors");
+  check_rows(plan, grads, rows, static_cast<int64_t>(options.size()));
+  TORCH_CHECK(counts.device() == plan.device() && counts.scalar_type() == at::kFloat &&
+                  counts.is_contiguous() && counts.numel() == static_cast<int64_t>(grads.size()),
+              "counts must be a float32 for each tensor, on ", plan.device());
+  std::vector<DeviceOptions> table;
+  for (size_t i = 0; i < options.size(); ++i) {
+    table.push_back(device_options(options[i], scalar_tensors[i], plan.device()));
+  }
+  const auto address = [&](const std::optional<at::Tensor>& tensor, at::ScalarType type) {
+    return const_cast<void*>(address_of(tensor, type, plan.device()));
+  };
+  const StepInputs inputs{static_cast<float*>(address(grad_scale, at::kFloat)),
+                          static_cast<float*>(address(found_inf, at::kFloat)),
+                          static_cast<double*>(address(grad_norm, at::kDouble)), max_grad_norm};
+  plan.step(addresses_of(grads), rows,
+            {table.data(), static_cast<int64_t>(table.size()), counts.mutable_data_ptr<float>(),
+             inputs, static_cast<int64_t*>(address(skipped_steps, at::kLong))});
 }
 
 }  // namespace
@@ -88,9 +166,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Plans of adamal_kernels and the CPU step.";
   m.attr("dtype_pair_count") = kDtypePairCount;
 
-  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan").def(
-      "step", &step, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"),
-      py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("scalars"), py::arg("rows"));
+  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan")
+      .def("bind", &bind, py::arg("params"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
+           py::arg("max_exp_avg_sqs"))
+      .def("step", &step, py::arg("grads"), py::arg("scalars"), py::arg("rows"))
+      .def("step_on_device", &step_on_device, py::arg("grads"), py::arg("options"),
+           py::arg("scalar_tensors"), py::arg("rows"), py::arg("counts"), py::kw_only(),
+           py::arg("grad_scale"), py::arg("found_inf"), py::arg("grad_norm"),
+           py::arg("max_grad_norm"), py::arg("skipped_steps"))
+      .def("squared_norm", &squared_norm, py::arg("grads"));
 
   m.def(
       "cpu_plan",
@@ -111,23 +195,44 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Membership>(m, "Membership")
       .def(py::init<size_t, size_t>(), py::arg("plan"), py::arg("options"));
   py::class_<BoundOptions>(m, "BoundOptions")
-      .def(py::init([](size_t group, double lr, double beta1, double beta2, double eps,
-                       double weight_decay, double lower, double upper, bool decoupled_weight_decay,
-                       bool maximize, bool bias_correction) {
-             return BoundOptions{group,
-                                 {lr, beta1, beta2, eps, weight_decay, lower, upper,
-                                  decoupled_weight_decay, maximize, bias_correction}};
+      .def(py::init([](size_t group, std::optional<c10::Device> device, double lr, double beta1,
+                       double beta2, double eps, double weight_decay, double lower, double upper,
+                       bool decoupled_weight_decay, bool maximize, bool bias_correction) {
+             return BoundOptions{group, device,
+                                 DeviceOptions{{lr, beta1, beta2, eps, weight_decay, lower, upper,
+                                                decoupled_weight_decay, maximize, bias_correction},
+                                               {},
+                                               {},
+                                               {}}};
            }),
-           py::kw_only(), py::arg("group"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
-           py::arg("eps"), py::arg("weight_decay"), py::arg("lower"), py::arg("upper"),
-           py::arg("decoupled_weight_decay"), py::arg("maximize"), py::arg("bias_correction"));
+           py::kw_only(), py::arg("group"), py::arg("device"), py::arg("lr"), py::arg("beta1"),
+           py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("lower"),
+           py::arg("upper"), py::arg("decoupled_weight_decay"), py::arg("maximize"),
+           py::arg("bias_correction"));
   py::class_<SteadyState>(m, "SteadyState", py::custom_type_setup(collect_garbage))
       .def(py::init<const py::list&, const py::dict&, const std::vector<std::optional<Membership>>&,
-                    std::vector<BoundOptions>, std::vector<std::shared_ptr<Plan>>, at::Tensor>(),
+                    std::vector<BoundOptions>, std::vector<std::shared_ptr<Plan>>,
+                    const std::vector<at::Tensor>&, const std::vector<bool>&>(),
            py::arg("groups"), py::arg("state"), py::arg("members"), py::arg("options"),
-           py::arg("plans"), py::arg("steps"))
+           py::arg("plans"), py::arg("steps"), py::arg("on_device"))
       .def_property_readonly("plan_count", &SteadyState::plan_count)
       .def_property_readonly("row_count", &SteadyState::row_count)
       .def("bind", &SteadyState::bind, py::arg("state"))
-      .def("step", &SteadyState::step, py::arg("groups"), py::arg("state"));
+      .def(
+          "step",
+          [](SteadyState& self, const py::handle& groups, const py::handle& state,
+             std::optional<at::Tensor> grad_scale, std::optional<at::Tensor> found_inf,
+             std::optional<at::Tensor> grad_norm, double max_grad_norm,
+             std::optional<at::Tensor> skipped_steps, const py::object& norm_of_sums) {
+            return self.step(
+                groups, state,
+                {std::move(grad_scale), std::move(found_inf), std::move(grad_norm), max_grad_norm,
+                 std::move(skipped_steps)},
+                [&](const std::vector<at::Tensor>& sums, const std::optional<at::Tensor>& scale) {
+                  return py::cast<at::Tensor>(norm_of_sums(sums, scale));
+                });
+          },
+          py::arg("groups"), py::arg("state"), py::arg("grad_scale"), py::arg("found_inf"),
+          py::arg("grad_norm"), py::arg("max_grad_norm"), py::arg("skipped_steps"),
+          py::arg("norm_of_sums"));
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "adamal_math.h"
+#include "device_scalars.h"
 #include "dtypes.h"
 
 namespace adamal {
@@ -37,9 +38,10 @@ struct Bucket {
   const WorkItem* items;
   int64_t item_count;
   const void* const* grads;  // per tensor; nullptr: no gradient in this step, nothing changes
-  const uint32_t* rows;      // per tensor: its row of scalars; not read where there is no gradient
+  const uint32_t* rows;  // per tensor: its row of scalars or options; not read without a gradient
   const StepScalars<double>* scalars;
   int64_t scalar_count;
+  const DeviceScalars* device;  // instead of scalars; else null
 };
 
 // What selects a kernel, as types.

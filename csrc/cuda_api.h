@@ -6,10 +6,12 @@
 
 namespace adamal {
 
-inline constexpr const char* kCudaApiCapsule = "adamal_kernels.cuda_api/1";
+inline constexpr const char* kCudaApiCapsule = "adamal_kernels.cuda_api/2";
 
 struct CudaApi {
   decltype(&step_cuda) step;
+  decltype(&device_rows_bytes) rows_bytes;
+  decltype(&squared_norm_cuda) squared_norm;
   decltype(&upload_cuda) upload;
 };
 

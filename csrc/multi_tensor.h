@@ -249,6 +249,7 @@ ADAMAL_HD ADAMAL_INLINE void step_chunk(const Chunk& chunk, const StepScalars<T>
 template <SecondMoment kSecondMoment, typename Param, typename Grad, typename LaunchParams>
 ADAMAL_HD ADAMAL_INLINE void step_block(const LaunchParams& params, int64_t block, int thread) {
   using T = ComputeType<Param>;
+  if (params.is_skipped()) return;
   const WorkItem item = params.items[block];
   const uint32_t slot = item.tensor - params.first_tensor;
   const Grad* grad = static_cast<const Grad*>(params.grads[slot]);
@@ -274,7 +275,7 @@ ADAMAL_HD ADAMAL_INLINE void step_block(const LaunchParams& params, int64_t bloc
   if constexpr (kSecondMoment == SecondMoment::amsgrad) {
     chunk.max_exp_avg_sq = static_cast<T*>(tensor.max_exp_avg_sq) + offset;
   }
-  const StepScalars<T> scalars = params.scalars[params.rows[slot]];
+  const StepScalars<T> scalars = params.scalars_of(slot);
   step_chunk<kSecondMoment>(chunk, scalars, thread);
 }
 

@@ -2,6 +2,8 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 
@@ -33,12 +35,36 @@ void Plan::bind(const std::vector<TensorEntry>& tensors) {
   on_bound();
 }
 
+Bucket Plan::bucket_of(const std::vector<const void*>& grads, const uint32_t* rows) const {
+  return {pair_,           second_moment_,
+          tensors_.data(), static_cast<int64_t>(tensors_.size()),
+          items_.data(),   static_cast<int64_t>(items_.size()),
+          grads.data(),    rows,
+          nullptr,         0,
+          nullptr};
+}
+
 void Plan::step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
                 const StepScalars<double>* scalars, int64_t scalar_count) {
   if (items_.empty()) return;
-  launch({pair_, second_moment_, tensors_.data(), static_cast<int64_t>(tensors_.size()),
-          items_.data(), static_cast<int64_t>(items_.size()), grads.data(), rows.data(), scalars,
-          scalar_count});
+  Bucket bucket = bucket_of(grads, rows.data());
+  bucket.scalars = scalars;
+  bucket.scalar_count = scalar_count;
+  launch(bucket);
+}
+
+void Plan::step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
+                const DeviceScalars& device_scalars) {
+  Bucket bucket = bucket_of(grads, rows.data());
+  bucket.device = &device_scalars;
+  launch(bucket);
+}
+
+at::Tensor Plan::squared_norm(const std::vector<const void*>& grads) {
+  if (items_.empty()) {
+    return at::zeros({}, at::TensorOptions().dtype(at::kDouble).device(device_));
+  }
+  return launch_squared_norm(bucket_of(grads, nullptr));
 }
 
 void CpuPlan::on_bound() {
@@ -50,44 +76,127 @@ void CpuPlan::on_bound() {
   }
 }
 
-void CpuPlan::launch(const Bucket& bucket) {
+template <typename Body>
+void CpuPlan::for_items(const Bucket& bucket, const Body& body) const {
   // Shared out by cost, not by items: a ragged bucket would keep one thread waiting.
   at::parallel_for(0, cost_before_.back(), kParallelElements, [&](int64_t first, int64_t last) {
     const auto item_at = [&](int64_t cost) {
       return std::lower_bound(cost_before_.begin(), cost_before_.end(), cost) -
              cost_before_.begin();
     };
-    step_cpu(bucket, item_at(first), std::min<int64_t>(item_at(last), bucket.item_count));
+    body(item_at(first), std::min<int64_t>(item_at(last), bucket.item_count));
   });
 }
 
+void CpuPlan::launch(const Bucket& bucket) {
+  if (bucket.device == nullptr) {
+    launch_by_rows(bucket);
+    return;
+  }
+  // The twin of the CUDA step's first kernel.
+  const DeviceScalars& device = *bucket.device;
+  if (gradient_factor(device.inputs).skip) {
+    if (device.skipped_steps != nullptr) ++*device.skipped_steps;
+    return;
+  }
+  std::vector<StepScalars<double>> scalars(bucket.tensor_count);
+  std::vector<uint32_t> rows(bucket.tensor_count);
+  for (int64_t i = 0; i < bucket.tensor_count; ++i) {
+    if (bucket.grads[i] == nullptr) continue;
+    rows[i] = static_cast<uint32_t>(i);
+    derive_and_count(device.options[bucket.rows[i]], device.inputs, device.counts + i, &scalars[i]);
+  }
+  Bucket by_rows = bucket;
+  by_rows.rows = rows.data();
+  by_rows.scalars = scalars.data();
+  by_rows.scalar_count = bucket.tensor_count;
+  by_rows.device = nullptr;
+  launch_by_rows(by_rows);
+}
+
+void CpuPlan::launch_by_rows(const Bucket& bucket) {
+  for_items(bucket, [&](int64_t first, int64_t last) { step_cpu(bucket, first, last); });
+}
+
+at::Tensor CpuPlan::launch_squared_norm(const Bucket& bucket) {
+  std::vector<double> chunk_sums(bucket.item_count * kNormChunksPerItem);
+  for_items(bucket, [&](int64_t first, int64_t last) {
+    squared_norm_items_cpu(bucket, first, last, chunk_sums.data());
+  });
+  std::vector<double> sums(bucket.tensor_count);
+  squared_norm_tensors_cpu(bucket, chunk_sums.data(), sums.data());
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return at::scalar_tensor(total, at::TensorOptions().dtype(at::kDouble));
+}
+
 void CudaPlan::launch(const Bucket& bucket) {
+  const c10::Stream stream = prepare(bucket);
+  void* rows = nullptr;
+  if (bucket.device != nullptr) {
+    // Kept, so that a CUDA graph finds it where it was.
+    const int64_t bytes = api_.rows_bytes(bucket);
+    if (!rows_.defined() || rows_.numel() < bytes) rows_ = bytes_on_device(bytes);
+    if (stream != *allocation_stream_) rows_.record_stream(stream);
+    rows = rows_.mutable_data_ptr();
+  }
+  check(api_.step(bucket, tables_of(bucket), rows, device().index(), stream.native_handle()),
+        "the step's launch");
+}
+
+at::Tensor CudaPlan::launch_squared_norm(const Bucket& bucket) {
+  const c10::Stream stream = prepare(bucket);
+  const auto options = at::TensorOptions().dtype(at::kDouble).device(device());
+  const at::Tensor scratch = at::empty({bucket.item_count + bucket.tensor_count}, options);
+  at::Tensor total = at::empty({}, options);
+  check(
+      api_.squared_norm(bucket, tables_of(bucket), scratch.mutable_data_ptr<double>(),
+                        total.mutable_data_ptr<double>(), device().index(), stream.native_handle()),
+      "the norm's launch");
+  return total;
+}
+
+c10::Stream CudaPlan::prepare(const Bucket& bucket) {
   const c10::Stream stream = c10::impl::VirtualGuardImpl(device().type()).getStream(device());
   if (!uploaded_) upload(bucket, stream);
   // Freed memory is handed out again on the stream it was allocated on.
   if (stream != *allocation_stream_) table_.record_stream(stream);
+  return stream;
+}
+
+void CudaPlan::check(const char* error, const char* what) const {
+  TORCH_CHECK(error == nullptr, "adamal_kernels: ", what, " on ", device(), " failed: ", error);
+}
+
+at::Tensor CudaPlan::bytes_on_device(int64_t bytes) const {
+  return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device()));
+}
+
+DeviceTables CudaPlan::tables_of(const Bucket& bucket) const {
   const auto* tensors = static_cast<const TensorEntry*>(table_.const_data_ptr());
   const auto* items = reinterpret_cast<const WorkItem*>(tensors + bucket.tensor_count);
-  const char* error = api_.step(bucket, tensors, items, device().index(), stream.native_handle());
-  TORCH_CHECK(error == nullptr, "adamal_kernels: the step's launch on ", device(),
-              " failed: ", error);
+  return {tensors, items, reinterpret_cast<const int64_t*>(items + bucket.item_count)};
 }
 
 void CudaPlan::upload(const Bucket& bucket, c10::Stream stream) {
+  std::vector<int64_t> first_items(bucket.tensor_count);
+  for (int64_t i = bucket.item_count - 1; i >= 0; --i) first_items[bucket.items[i].tensor] = i;
   const size_t tensor_bytes = bucket.tensor_count * sizeof(TensorEntry);
   const size_t item_bytes = bucket.item_count * sizeof(WorkItem);
-  table_ = at::empty({static_cast<int64_t>(tensor_bytes + item_bytes)},
-                     at::TensorOptions().dtype(at::kByte).device(device()));
+  const size_t first_bytes = bucket.tensor_count * sizeof(int64_t);
+  table_ = bytes_on_device(static_cast<int64_t>(tensor_bytes + item_bytes + first_bytes));
+  rows_ = at::Tensor();
   allocation_stream_ = stream;
-  auto* table = static_cast<char*>(table_.mutable_data_ptr());
-  const auto copy = [&](char* target, const void* source, size_t bytes) {
-    const char* error =
-        api_.upload(target, source, bytes, device().index(), stream.native_handle());
-    TORCH_CHECK(error == nullptr, "adamal_kernels: copying the tensor table to ", device(),
-                " failed: ", error);
+  auto* target = static_cast<char*>(table_.mutable_data_ptr());
+  const auto append = [&](const void* source, size_t bytes) {
+    if (bytes == 0) return;
+    check(api_.upload(target, source, bytes, device().index(), stream.native_handle()),
+          "copying the tensor table");
+    target += bytes;
   };
-  copy(table, bucket.tensors, tensor_bytes);
-  copy(table + tensor_bytes, bucket.items, item_bytes);
+  append(bucket.tensors, tensor_bytes);
+  append(bucket.items, item_bytes);
+  append(first_items.data(), first_bytes);
   uploaded_ = true;
 }
 

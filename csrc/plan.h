@@ -31,6 +31,12 @@ class Plan {
   // Steps the bound tensors: tensor i by scalars[rows[i]], or not at all where grads[i] is null.
   void step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
             const StepScalars<double>* scalars, int64_t scalar_count);
+  // The same by scalars derived on the device, which then counts the step.
+  void step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
+            const DeviceScalars& device_scalars);
+  // The gradients' sum of squares, those of tensors added one after another: a float64 scalar on
+  // the device.
+  at::Tensor squared_norm(const std::vector<const void*>& grads);
 
   DtypePair dtypes() const { return kDtypePairs[pair_]; }
   SecondMoment second_moment() const { return second_moment_; }
@@ -43,6 +49,8 @@ class Plan {
  private:
   virtual void on_bound() = 0;
   virtual void launch(const Bucket& bucket) = 0;
+  virtual at::Tensor launch_squared_norm(const Bucket& bucket) = 0;
+  Bucket bucket_of(const std::vector<const void*>& grads, const uint32_t* rows) const;
 
   int pair_;
   SecondMoment second_moment_;
@@ -61,6 +69,11 @@ class CpuPlan : public Plan {
  private:
   void on_bound() override;
   void launch(const Bucket& bucket) override;
+  void launch_by_rows(const Bucket& bucket);
+  at::Tensor launch_squared_norm(const Bucket& bucket) override;
+  // Calls body(first_item, last_item) for shares of the items, on torch's CPU threads.
+  template <typename Body>
+  void for_items(const Bucket& bucket, const Body& body) const;
 
   std::vector<int64_t> cost_before_;  // of item i: that of all items before it
 };
@@ -74,11 +87,18 @@ class CudaPlan : public Plan {
  private:
   void on_bound() override { uploaded_ = false; }
   void launch(const Bucket& bucket) override;
+  at::Tensor launch_squared_norm(const Bucket& bucket) override;
+  // Copies the tables where they changed; returns the stream to launch on.
+  c10::Stream prepare(const Bucket& bucket);
   void upload(const Bucket& bucket, c10::Stream stream);
+  at::Tensor bytes_on_device(int64_t bytes) const;
+  DeviceTables tables_of(const Bucket& bucket) const;
+  void check(const char* error, const char* what) const;
 
   CudaApi api_;
   bool uploaded_ = false;
-  at::Tensor table_;  // bytes: the tensor entries, then the work items
+  at::Tensor table_;  // bytes: the tensor entries, the work items, each tensor's first item
+  at::Tensor rows_;   // bytes: the scalars that the device derived
   std::optional<c10::Stream> allocation_stream_;
 };
 

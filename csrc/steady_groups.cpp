@@ -14,6 +14,17 @@ namespace py = pybind11;
 namespace adamal {
 namespace {
 
+bool is_tensor(PyObject* object) { return THPVariable_Check(object); }
+
+bool holds_tensor(PyObject* value) {
+  if (PyTuple_CheckExact(value)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
+      if (is_tensor(PyTuple_GET_ITEM(value, i))) return true;
+    }
+  }
+  return is_tensor(value);
+}
+
 // The number in `object` if it lies in [0, below), else NaN.
 double number_in_range(PyObject* object, double below) {
   constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
@@ -23,17 +34,43 @@ double number_in_range(PyObject* object, double below) {
   } else if (PyLong_CheckExact(object)) {
     number = PyLong_AsDouble(object);
     if (PyErr_Occurred()) PyErr_Clear();  // too large: -1, out of every range
+  } else if (is_tensor(object)) {
+    const at::Tensor& tensor = THPVariable_Unpack(object);
+    const bool is_number = tensor.numel() == 1 && tensor.is_cpu() && tensor.is_floating_point();
+    if (is_number) number = tensor.item<double>();
   }
   return number >= 0 && number < below ? number : kNone;
 }
 
+bool same_address(const DeviceOptions::Address& a, const DeviceOptions::Address& b) {
+  return a.number == b.number && a.is_float64 == b.is_float64;
+}
+
+// Takes a number over, or the address of one in the step's device's memory; false if it is neither.
+bool read_scalar(PyObject* object, double below, std::optional<c10::Device> device, double* number,
+                 DeviceOptions::Address* address) {
+  *address = {};
+  if (device && is_tensor(object) && !THPVariable_Unpack(object).is_cpu()) {
+    const at::Tensor& tensor = THPVariable_Unpack(object);
+    const bool fits = tensor.numel() == 1 && tensor.device() == *device &&
+                      (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
+    if (!fits) return false;
+    *address = {tensor.const_data_ptr(), tensor.scalar_type() == at::kDouble};
+    return true;
+  }
+  *number = number_in_range(object, below);
+  return !std::isnan(*number);
+}
+
 }  // namespace
 
-bool same_options(const StepOptions& a, const StepOptions& b) {
+bool same_options(const DeviceOptions& first, const DeviceOptions& second) {
+  const StepOptions &a = first.options, &b = second.options;
   return a.lr == b.lr && a.beta1 == b.beta1 && a.beta2 == b.beta2 && a.eps == b.eps &&
          a.weight_decay == b.weight_decay && a.lower == b.lower && a.upper == b.upper &&
          a.decoupled_weight_decay == b.decoupled_weight_decay && a.maximize == b.maximize &&
-         a.bias_correction == b.bias_correction;
+         a.bias_correction == b.bias_correction && same_address(first.lr, second.lr) &&
+         same_address(first.beta1, second.beta1) && same_address(first.beta2, second.beta2);
 }
 
 SteadyGroups::SteadyGroups(const py::list& groups, const std::vector<bool>& has_state,
@@ -47,7 +84,7 @@ SteadyGroups::SteadyGroups(const py::list& groups, const std::vector<bool>& has_
     group.dict = dict;
     for (const auto& [key, value] : dict) {
       group.items.push_back({classify(key), py::reinterpret_borrow<py::object>(key),
-                             py::reinterpret_borrow<py::object>(value)});
+                             py::reinterpret_borrow<py::object>(value), holds_tensor(value.ptr())});
     }
     group.first_param = params_.size();
     group.param_count = params.size();
@@ -127,9 +164,10 @@ bool SteadyGroups::check_items(Group& group) {
     if (key != item.key.ptr()) return false;
     if (item.kind == Kind::params) {
       if (!check_params(group, value)) return false;
-    } else if (value != item.value.ptr() && item.kind != Kind::ignored) {
+    } else if (item.kind != Kind::ignored && (value != item.value.ptr() || item.is_read_anew)) {
       if (!take_over(group, item.kind, value)) return false;
       item.value = py::reinterpret_borrow<py::object>(value);
+      item.is_read_anew = holds_tensor(value);
     }
   }
   return true;
@@ -150,37 +188,39 @@ bool SteadyGroups::check_params(const Group& group, PyObject* params) const {
 }
 
 bool SteadyGroups::take_over(const Group& group, Kind kind, PyObject* value) {
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  double first = 0, second = 0;
-  if (kind == Kind::betas) {
-    if (!PyTuple_CheckExact(value) || PyTuple_GET_SIZE(value) != 2) return false;
-    first = number_in_range(PyTuple_GET_ITEM(value, 0), 1);
-    second = number_in_range(PyTuple_GET_ITEM(value, 1), 1);
-  } else {
-    first = number_in_range(value, kInfinity);
+  if (group.options_count == 0) {  // Nothing to step, and yet the option has to be a sound one.
+    BoundOptions unused{0, std::nullopt, {}};
+    if (is_tensor(value)) unused.device = THPVariable_Unpack(value).device();
+    return take_over(unused, kind, value);
   }
-  if (std::isnan(first) || std::isnan(second)) return false;
   for (size_t i = group.first_options; i < group.first_options + group.options_count; ++i) {
-    StepOptions& options = options_[i].step;
-    switch (kind) {
-      case Kind::lr:
-        options.lr = first;
-        break;
-      case Kind::betas:
-        options.beta1 = first;
-        options.beta2 = second;
-        break;
-      case Kind::eps:
-        options.eps = first;
-        break;
-      case Kind::weight_decay:
-        options.weight_decay = first;
-        break;
-      default:
-        return false;
-    }
+    if (!take_over(options_[i], kind, value)) return false;
   }
   return true;
+}
+
+bool SteadyGroups::take_over(BoundOptions& options, Kind kind, PyObject* value) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  DeviceOptions& step = options.step;
+  DeviceOptions::Address none;
+  switch (kind) {
+    case Kind::lr:
+      return read_scalar(value, kInfinity, options.device, &step.options.lr, &step.lr);
+    case Kind::betas:
+      return PyTuple_CheckExact(value) && PyTuple_GET_SIZE(value) == 2 &&
+             read_scalar(PyTuple_GET_ITEM(value, 0), 1, options.device, &step.options.beta1,
+                         &step.beta1) &&
+             read_scalar(PyTuple_GET_ITEM(value, 1), 1, options.device, &step.options.beta2,
+                         &step.beta2);
+    case Kind::eps:
+      return !is_tensor(value) &&
+             read_scalar(value, kInfinity, std::nullopt, &step.options.eps, &none);
+    case Kind::weight_decay:
+      return !is_tensor(value) &&
+             read_scalar(value, kInfinity, std::nullopt, &step.options.weight_decay, &none);
+    default:
+      return false;
+  }
 }
 
 }  // namespace adamal

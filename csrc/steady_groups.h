@@ -1,23 +1,27 @@
 // The param groups as they were last checked.
 #pragma once
 
+#include <c10/core/Device.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
-#include "adamal_math.h"
+#include "device_scalars.h"
 
 namespace adamal {
 
 // The options of one param group for parameters of one type, with bounds rounded to that type.
 struct BoundOptions {
   size_t group;
-  StepOptions step;
+  // Where tensors among the options are read by address; nullopt: on the host, which reads numbers.
+  std::optional<c10::Device> device;
+  DeviceOptions step;
 };
 
 // Whether two options give the same scalars at every step.
-bool same_options(const StepOptions& a, const StepOptions& b);
+bool same_options(const DeviceOptions& a, const DeviceOptions& b);
 
 class SteadyGroups {
  public:
@@ -28,7 +32,7 @@ class SteadyGroups {
 
   // Whether the groups, item by item and parameter by parameter, are those that were checked, and
   // no parameter without state is due its first step. A changed learning rate, beta, eps or weight
-  // decay is taken over into the options.
+  // decay is taken over into the options; tensors among them are read anew every time.
   bool check(PyObject* groups);
 
   const std::vector<BoundOptions>& options() const { return options_; }
@@ -43,7 +47,8 @@ class SteadyGroups {
   struct Item {
     Kind kind;
     pybind11::object key;
-    pybind11::object value;  // immutable, or not compared
+    pybind11::object value;  // immutable, not compared, or read anew
+    bool is_read_anew;
   };
   struct Group {
     pybind11::dict dict;
@@ -62,6 +67,7 @@ class SteadyGroups {
   bool check_items(Group& group);
   bool check_params(const Group& group, PyObject* params) const;
   bool take_over(const Group& group, Kind kind, PyObject* value);
+  bool take_over(BoundOptions& options, Kind kind, PyObject* value);
 
   std::vector<Group> groups_;
   std::vector<Param> params_;

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <utility>
 
@@ -39,9 +40,6 @@ const StateKeys& state_keys() {
 
 // Larger counts, and those that are no numbers, are refused by the check in Python.
 constexpr float kMostSteps = 1e12f;
-
-// A gradient without elements may have no address, and yet counts as one.
-const char kEmptyGradient = 0;
 
 at::ScalarType scalar_type(Dtype dtype) {
   switch (dtype) {
@@ -86,12 +84,26 @@ std::vector<bool> have_state(const std::vector<std::optional<Membership>>& membe
   return have;
 }
 
-StepScalars<double> scalars_of(StepOptions options, int64_t step) {
-  if (options.lr == 0) {  // such a step does not project
-    options.lower = -std::numeric_limits<double>::infinity();
-    options.upper = std::numeric_limits<double>::infinity();
+double number_of(const std::optional<at::Tensor>& tensor) { return tensor->item<double>(); }
+
+// The twin of hyperparameters.StepInputs.factor_on_host.
+GradientFactor factor_on_host(const SteadyState::Inputs& inputs) {
+  StepInputs found{nullptr, nullptr, nullptr, inputs.max_grad_norm};
+  float grad_scale, found_inf;
+  double grad_norm;
+  if (inputs.grad_scale) {
+    grad_scale = static_cast<float>(number_of(inputs.grad_scale));
+    found.grad_scale = &grad_scale;
   }
-  return derive_step_scalars(step, options);
+  if (inputs.found_inf) {
+    found_inf = static_cast<float>(number_of(inputs.found_inf));
+    found.found_inf = &found_inf;
+  }
+  if (inputs.grad_norm) {
+    grad_norm = number_of(inputs.grad_norm);
+    found.grad_norm = &grad_norm;
+  }
+  return gradient_factor(found);
 }
 
 }  // namespace
@@ -99,15 +111,20 @@ StepScalars<double> scalars_of(StepOptions options, int64_t step) {
 SteadyState::SteadyState(const py::list& groups, const py::dict& state,
                          const std::vector<std::optional<Membership>>& members,
                          std::vector<BoundOptions> options,
-                         std::vector<std::shared_ptr<Plan>> plans, at::Tensor steps)
-    : groups_(groups, have_state(members), std::move(options)), steps_(std::move(steps)) {
-  for (std::shared_ptr<Plan>& plan : plans) {
+                         std::vector<std::shared_ptr<Plan>> plans,
+                         const std::vector<at::Tensor>& steps, const std::vector<bool>& on_device)
+    : groups_(groups, have_state(members), std::move(options)) {
+  for (size_t i = 0; i < plans.size(); ++i) {
     PlanStep& step = plans_.emplace_back();
-    const at::ScalarType param = scalar_type(plan->dtypes().param);
+    const at::ScalarType param = scalar_type(plans[i]->dtypes().param);
     set_types(step.param_types, param);
-    set_types(step.grad_types, scalar_type(plan->dtypes().grad));
+    set_types(step.grad_types, scalar_type(plans[i]->dtypes().grad));
     set_types(step.moment_types, param == at::kDouble ? at::kDouble : at::kFloat);
-    step.plan = std::move(plan);
+    step.plan = std::move(plans[i]);
+    step.steps = steps.at(i);
+    step.steps_storage = step.steps.storage().unsafeGetStorageImpl();
+    step.counts = step.steps.mutable_data_ptr<float>();
+    step.on_device = on_device.at(i);
   }
 
   std::unordered_map<PyObject*, int64_t> member_of;
@@ -127,11 +144,12 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
       step.rows.push_back(0);
     }
   }
-  TORCH_CHECK(steps_.is_cpu() && steps_.is_contiguous() && steps_.scalar_type() == at::kFloat &&
-                  steps_.numel() == static_cast<int64_t>(members_.size()),
-              "steps must be one float32 for each parameter with state");
-  counts_ = steps_.mutable_data_ptr<float>();
-  steps_storage_ = steps_.storage().unsafeGetStorageImpl();
+  for (const PlanStep& step : plans_) {
+    const c10::Device device = step.on_device ? step.plan->device() : c10::Device(c10::kCPU);
+    TORCH_CHECK(step.steps.device() == device && step.steps.is_contiguous() &&
+                    step.steps.numel() == static_cast<int64_t>(step.grads.size()),
+                "steps must be one float32 for each parameter of a plan, on ", device);
+  }
   last_rows_.resize(groups_.options().size());
   footprints_.resize(members_.size());
   for (const auto& [key, value] : state) {
@@ -169,28 +187,87 @@ bool SteadyState::bind(const py::handle& state) {
   return true;
 }
 
-bool SteadyState::step(const py::handle& groups, const py::handle& state) {
-  // Another tensor of the same storage may have resized it.
-  if (steps_.const_data_ptr() != counts_ || steps_.storage().nbytes() < steps_.nbytes()) {
-    return false;
+bool SteadyState::step(const py::handle& groups, const py::handle& state, Inputs inputs,
+                       const NormOfSums& norm_of_sums) {
+  for (PlanStep& step : plans_) {
+    step.has_grads = false;
+    // Another tensor of the same storage may have resized it.
+    if (step.steps.const_data_ptr() != step.counts ||
+        step.steps.storage().nbytes() < step.steps.nbytes()) {
+      return false;
+    }
   }
-  for (PlanStep& step : plans_) step.has_grads = false;
-  if (!groups_.check(groups.ptr()) || !check_state(state.ptr())) return false;
-  find_rows();
+  if (!groups_.check(groups.ptr()) || !check_state(state.ptr()) || !can_use(inputs)) return false;
   // The GIL is kept: only it holds the tensors whose addresses are used here.
+  if (std::isfinite(inputs.max_grad_norm)) {
+    std::vector<at::Tensor> sums;
+    for (PlanStep& step : plans_) {
+      if (step.has_grads) sums.push_back(step.plan->squared_norm(step.grads));
+    }
+    inputs.grad_norm = norm_of_sums(sums, inputs.grad_scale);
+  }
+  const bool host_steps = find_rows(inputs);
+  int64_t* skipped_steps =
+      inputs.skipped_steps ? inputs.skipped_steps->mutable_data_ptr<int64_t>() : nullptr;
+  bool any_on_device = false;
   for (PlanStep& step : plans_) {
     if (!step.has_grads) continue;
-    step.plan->step(step.grads, step.rows, scalars_.data(), static_cast<int64_t>(scalars_.size()));
+    if (step.on_device) {
+      step_on_device(step, inputs, any_on_device ? nullptr : skipped_steps);
+      any_on_device = true;
+    } else if (host_steps) {
+      step.plan->step(step.grads, step.rows, scalars_.data(),
+                      static_cast<int64_t>(scalars_.size()));
+    }
   }
+  if (!host_steps && !any_on_device && skipped_steps != nullptr) ++*skipped_steps;
   for_members([&](size_t first, size_t last) {
     for (size_t i = first; i < last; ++i) {
-      if (plans_[members_[i].plan].grads[members_[i].slot] == nullptr) continue;
-      counts_[i] += 1;
+      const Member& member = members_[i];
+      PlanStep& step = plans_[member.plan];
+      if (step.grads[member.slot] == nullptr || (!step.on_device && !host_steps)) continue;
+      if (!step.on_device) step.counts[member.slot] += 1;
       // Written by address: autograd has to be told, to find what it saved changed.
-      THPVariable_Unpack(members_[i].param).unsafeGetTensorImpl()->bump_version();
+      THPVariable_Unpack(member.param).unsafeGetTensorImpl()->bump_version();
     }
   });
   return true;
+}
+
+bool SteadyState::can_use(const Inputs& inputs) const {
+  const bool may_skip = inputs.found_inf || std::isfinite(inputs.max_grad_norm);
+  if (!may_skip && !inputs.grad_scale) return true;
+  c10::Device counted_on(c10::kCPU);
+  bool found = false;
+  for (const PlanStep& step : plans_) {
+    // Its scalars would have to wait for the device.
+    if (!step.on_device && !step.plan->device().is_cpu()) return false;
+    if (step.on_device && step.has_grads && !found) {
+      counted_on = step.plan->device();
+      found = true;
+    }
+  }
+  return !may_skip || (inputs.skipped_steps && inputs.skipped_steps->device() == counted_on);
+}
+
+void SteadyState::step_on_device(const PlanStep& step, const Inputs& inputs,
+                                 int64_t* skipped_steps) {
+  const c10::Device device = step.plan->device();
+  const auto moved = [&](const std::optional<at::Tensor>& tensor, at::ScalarType type) {
+    return tensor ? tensor->to(device, type, /*non_blocking=*/true) : at::Tensor();
+  };
+  const at::Tensor grad_scale = moved(inputs.grad_scale, at::kFloat);
+  const at::Tensor found_inf = moved(inputs.found_inf, at::kFloat);
+  const at::Tensor grad_norm = moved(inputs.grad_norm, at::kDouble);
+  const auto address = [](const at::Tensor& tensor) {
+    return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+  };
+  const StepInputs on_device{static_cast<const float*>(address(grad_scale)),
+                             static_cast<const float*>(address(found_inf)),
+                             static_cast<const double*>(address(grad_norm)), inputs.max_grad_norm};
+  step.plan->step(step.grads, step.rows,
+                  DeviceScalars{step.options.data(), static_cast<int64_t>(step.options.size()),
+                                step.counts, on_device, skipped_steps});
 }
 
 // The threads read Python's objects too, while this one holds the GIL for all of them and waits.
@@ -225,7 +302,12 @@ bool SteadyState::check_state(PyObject* state) {
       }
     }
   });
-  return unchanged;
+  if (!unchanged) return false;
+  for (const Member& member : members_) {
+    PlanStep& step = plans_[member.plan];
+    step.has_grads = step.has_grads || step.grads[member.slot] != nullptr;
+  }
+  return true;
 }
 
 // In three stages, each of which reads what the one before fetched: what does not move, the
@@ -299,11 +381,13 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
     footprint.tensors[found] = &tensor;
     if (name == StateKeys::step) {
       // The bounds are false for a count that is no number, too.
-      const bool counts = tensor.unsafe_storage().unsafeGetStorageImpl() == steps_storage_ &&
-                          tensor.storage_offset() == static_cast<int64_t>(index) &&
-                          tensor.dtype() == caffe2::TypeMeta::Make<float>() &&
-                          tensor.numel() == 1 && counts_[index] >= 0 &&
-                          counts_[index] <= kMostSteps;
+      const bool is_ours = tensor.unsafe_storage().unsafeGetStorageImpl() == step.steps_storage &&
+                           tensor.storage_offset() == static_cast<int64_t>(member.slot) &&
+                           tensor.dtype() == caffe2::TypeMeta::Make<float>() && tensor.numel() == 1;
+      if (!is_ours) return false;
+      // Counts on the device are not read: that would be to wait for it.
+      const bool counts = step.on_device ||
+                          (step.counts[member.slot] >= 0 && step.counts[member.slot] <= kMostSteps);
       if (!counts) return false;
       continue;
     }
@@ -333,19 +417,30 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
   return true;
 }
 
-void SteadyState::find_rows() {
+bool SteadyState::find_rows(const Inputs& inputs) {
   scalars_.clear();
   rows_.clear();
   for (LastRow& last : last_rows_) last.step = 0;
-  for (size_t i = 0; i < members_.size(); ++i) {
-    PlanStep& step = plans_[members_[i].plan];
-    if (step.grads[members_[i].slot] == nullptr) continue;
-    step.has_grads = true;
-    step.rows[members_[i].slot] = row_of(members_[i].options, static_cast<int64_t>(counts_[i]) + 1);
+  GradientFactor found{1.0, false};
+  for (PlanStep& step : plans_) step.options.clear();
+  for (const PlanStep& step : plans_) {
+    if (!step.on_device && step.has_grads) {
+      found = factor_on_host(inputs);
+      break;
+    }
   }
+  for (const Member& member : members_) {
+    PlanStep& step = plans_[member.plan];
+    if (step.grads[member.slot] == nullptr) continue;
+    step.rows[member.slot] =
+        step.on_device ? device_row_of(&step, member.options)
+                       : row_of(member.options, static_cast<int64_t>(step.counts[member.slot]) + 1,
+                                found.factor);
+  }
+  return !found.skip;
 }
 
-uint32_t SteadyState::row_of(size_t options, int64_t step) {
+uint32_t SteadyState::row_of(size_t options, int64_t step, double grad_factor) {
   LastRow& last = last_rows_[options];
   if (last.step == step) return last.row;
   last.step = step;
@@ -357,8 +452,23 @@ uint32_t SteadyState::row_of(size_t options, int64_t step) {
   }
   const uint64_t key = static_cast<uint64_t>(options) << 40 | static_cast<uint64_t>(step);
   const auto [found, is_new] = rows_.try_emplace(key, static_cast<uint32_t>(scalars_.size()));
-  if (is_new) scalars_.push_back(scalars_of(all[options].step, step));
+  if (is_new) {
+    scalars_.push_back(derive_step_scalars(step, all[options].step.options, grad_factor));
+  }
   return last.row = found->second;
+}
+
+uint32_t SteadyState::device_row_of(PlanStep* step, size_t options) {
+  const DeviceOptions& wanted = groups_.options()[options].step;
+  LastRow& last = last_rows_[options];
+  if (last.step == 0) {
+    last.step = 1;
+    if (step->options.empty() || !same_options(step->options.back(), wanted)) {
+      step->options.push_back(wanted);
+    }
+    last.row = static_cast<uint32_t>(step->options.size() - 1);
+  }
+  return last.row;
 }
 
 }  // namespace adamal

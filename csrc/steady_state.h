@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <unordered_map>
@@ -29,19 +30,36 @@ struct Membership {
 class SteadyState {
  public:
   // `members` has an entry for every parameter in the groups' order, nullopt for those without
-  // state. `steps` holds the step counts of the others in that order, and each one's
-  // state[p]["step"] is a view of it.
+  // state. `steps` holds, for each plan, the step counts of its parameters in that order, and each
+  // one's state[p]["step"] is a view of it: on the plan's device where `on_device`, which derives
+  // its scalars there, else on the CPU.
   SteadyState(const pybind11::list& groups, const pybind11::dict& state,
               const std::vector<std::optional<Membership>>& members,
               std::vector<BoundOptions> options, std::vector<std::shared_ptr<Plan>> plans,
-              at::Tensor steps);
+              const std::vector<at::Tensor>& steps, const std::vector<bool>& on_device);
 
   // Hands the plans the tensors' addresses; false if some tensor is no ordinary one: then this
   // cannot be used. To be called once, before the first step.
   bool bind(const pybind11::handle& state);
 
-  // Steps every parameter that has a gradient, or returns false and has changed nothing.
-  bool step(const pybind11::handle& groups, const pybind11::handle& state);
+  // What the caller knows of the gradients; the twin of hyperparameters.StepInputs.
+  struct Inputs {
+    std::optional<at::Tensor> grad_scale;
+    std::optional<at::Tensor> found_inf;
+    std::optional<at::Tensor> grad_norm;
+    double max_grad_norm;
+    std::optional<at::Tensor> skipped_steps;
+
+    bool may_skip() const { return found_inf || grad_norm; }
+  };
+  // The norm, from the sum of squares of each plan that has gradients, and the gradients' scale.
+  using NormOfSums =
+      std::function<at::Tensor(const std::vector<at::Tensor>&, const std::optional<at::Tensor>&)>;
+
+  // Steps every parameter that has a gradient, or returns false and has changed nothing. The norm
+  // is asked for where `max_grad_norm` is finite.
+  bool step(const pybind11::handle& groups, const pybind11::handle& state, Inputs inputs,
+            const NormOfSums& norm_of_sums);
 
   // For Python's garbage collector. A cleared one finds nothing as it was.
   int traverse(visitproc visit, void* arg) const { return groups_.traverse(visit, arg); }
@@ -83,6 +101,11 @@ class SteadyState {
     ElementType moment_types[2];
     std::vector<const void*> grads;
     std::vector<uint32_t> rows;
+    std::vector<DeviceOptions> options;  // that rows index, where on_device
+    at::Tensor steps;
+    const c10::StorageImpl* steps_storage;
+    float* counts;  // on the host, unless on_device
+    bool on_device;
     bool has_grads;
   };
   struct LastRow {
@@ -97,17 +120,19 @@ class SteadyState {
   // Calls body(first, last) for shares of the members, on torch's CPU threads.
   template <typename Body>
   void for_members(const Body& body) const;
-  void find_rows();
-  uint32_t row_of(size_t options, int64_t step);
+  // Whether the counts of skipped steps, and what may scale or skip, lie where they can be used.
+  bool can_use(const Inputs& inputs) const;
+  // False where the host finds the step to be skipped.
+  bool find_rows(const Inputs& inputs);
+  uint32_t row_of(size_t options, int64_t step, double grad_factor);
+  uint32_t device_row_of(PlanStep* step, size_t options);
+  static void step_on_device(const PlanStep& step, const Inputs& inputs, int64_t* skipped_steps);
 
   SteadyGroups groups_;
   std::vector<Member> members_;
   std::vector<Footprint> footprints_;  // by member
   std::vector<StateEntry> state_;
   std::vector<PlanStep> plans_;
-  at::Tensor steps_;
-  const c10::StorageImpl* steps_storage_;
-  float* counts_;
 
   std::vector<StepScalars<double>> scalars_;  // of this step
   std::vector<LastRow> last_rows_;            // by options

@@ -29,12 +29,34 @@ constexpr int64_t cuda_chunk(int pair) {
 // Steps the work items [first_item, last_item), serially; disjoint ranges may run in parallel.
 void step_cpu(const Bucket& bucket, int64_t first_item, int64_t last_item);
 
+// The squares of the gradients of work items [first_item, last_item), added up by chunk:
+// kNormChunksPerItem sums an item, 0 where there is nothing. Disjoint ranges may run in parallel.
+inline constexpr int64_t kNormChunksPerItem = kCpuChunk / 1024;
+void squared_norm_items_cpu(const Bucket& bucket, int64_t first_item, int64_t last_item,
+                            double* chunk_sums);
+
+// Adds them up by tensor, 0 for those without elements or gradient.
+void squared_norm_tensors_cpu(const Bucket& bucket, const double* chunk_sums, double* sums);
+
+// A bucket's tables, copied to the device.
+struct DeviceTables {
+  const TensorEntry* tensors;
+  const WorkItem* items;
+  const int64_t* first_items;  // of each tensor
+};
+
 // Enqueues the step of a whole bucket on `stream` (a cudaStream_t) of `device`. `bucket` is the
 // host's view: its tables lie in host memory, the tensors and gradients they point to on the
-// device; `device_tensors` and `device_items` are copies of its tables on the device. Returns
-// nullptr, or what went wrong (a static string).
-const char* step_cuda(const Bucket& bucket, const TensorEntry* device_tensors,
-                      const WorkItem* device_items, int device, void* stream);
+// device. `rows` is device memory of device_rows_bytes(bucket); not used, and may be null, where
+// the scalars are the host's. Returns nullptr, or what went wrong (a static string).
+const char* step_cuda(const Bucket& bucket, const DeviceTables& tables, void* rows, int device,
+                      void* stream);
+int64_t device_rows_bytes(const Bucket& bucket);
+
+// Enqueues the sum of squares of all gradients into `total`. `scratch` is device memory for a
+// double a work item and a double a tensor. Returns as step_cuda does.
+const char* squared_norm_cuda(const Bucket& bucket, const DeviceTables& tables, double* scratch,
+                              double* total, int device, void* stream);
 
 // Enqueues a copy of host memory, which may be reused on return, to device memory of `device`.
 // Returns as step_cuda does.

@@ -1,18 +1,9 @@
 // The CPU step: the plain loop over the element function, vectorised by the compiler.
 #include <algorithm>
 
+#include "multiversioned.h"
 #include "step.h"
 #include "storage.h"
-
-// One source, one clone a vector width. The sanitizers are left out because their runtime is not
-// up yet when the dynamic linker picks a clone.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    __GNUC__ >= 12 && !defined(__SANITIZE_ADDRESS__)
-#define ADAMAL_MULTIVERSIONED \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define ADAMAL_MULTIVERSIONED
-#endif
 
 namespace adamal {
 namespace {

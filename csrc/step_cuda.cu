@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "device_guard.h"
 #include "launch_params.h"
 #include "multi_tensor.h"
 #include "step.h"
@@ -28,27 +29,6 @@ __global__ void __launch_bounds__(kCudaBlockThreads,
   step_block<kSecondMoment, Param, Grad>(params, blockIdx.x, threadIdx.x);
 }
 
-// Makes a device current for a scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) : device_(device) {
-    error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess && previous_ != device_) error_ = cudaSetDevice(device_);
-  }
-  ~DeviceGuard() {
-    if (error_ == cudaSuccess && previous_ != device_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  cudaError_t error() const { return error_; }
-
- private:
-  int device_;
-  int previous_ = 0;
-  cudaError_t error_;
-};
-
 template <typename Key, typename Params>
 cudaError_t launch(const Params& params, int64_t block_count, cudaStream_t stream) {
   adamal_step<Key::kSecondMoment, typename Key::Param, typename Key::Grad>
@@ -57,11 +37,10 @@ cudaError_t launch(const Params& params, int64_t block_count, cudaStream_t strea
 }
 
 template <typename Key>
-cudaError_t launch_all(const Bucket& bucket, const TensorEntry* device_tensors,
-                       const WorkItem* device_items, cudaStream_t stream) {
+cudaError_t launch_all(const Bucket& bucket, const DeviceTables& tables, cudaStream_t stream) {
   using T = ComputeType<typename Key::Param>;
   using Small = SmallLaunchParams<T>;
-  LaunchSplitter<T> splitter(bucket, device_tensors, device_items);
+  LaunchSplitter<T> splitter(bucket, tables.tensors, tables.items);
   LargeLaunchParams<T> params;
   while (splitter.next(&params)) {
     const cudaError_t error =
@@ -73,10 +52,65 @@ cudaError_t launch_all(const Bucket& bucket, const TensorEntry* device_tensors,
   return cudaSuccess;
 }
 
+template <typename Params>
+__global__ void __launch_bounds__(kCudaBlockThreads)
+    adamal_derive_scalars(const __grid_constant__ Params params) {
+  derive_thread(params, blockIdx.x * kCudaBlockThreads + threadIdx.x);
+}
+
+template <typename Params, typename T>
+cudaError_t derive_all(const Bucket& bucket, DeviceRows<T> scalars, cudaStream_t stream) {
+  DeriveSplitter<T> splitter(bucket, scalars);
+  Params params;
+  while (splitter.next(&params)) {
+    const unsigned blocks = (params.tensor_count + kCudaBlockThreads - 1) / kCudaBlockThreads;
+    adamal_derive_scalars<<<blocks, kCudaBlockThreads, 0, stream>>>(params);
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+// Two kernels: the first derives the scalars, the second steps by them.
+template <typename Key>
+cudaError_t launch_all_on_device(const Bucket& bucket, const DeviceTables& tables, void* rows,
+                                 cudaStream_t stream) {
+  using T = ComputeType<typename Key::Param>;
+  using Large = LargeDeviceLaunchParams<T>;
+  using Small = SmallDeviceLaunchParams<T>;
+  const auto scalars = DeviceRows<T>::at(rows);
+  cudaError_t error = bucket.tensor_count <= SmallDeriveParams<T>::kTensorCapacity
+                          ? derive_all<SmallDeriveParams<T>>(bucket, scalars, stream)
+                          : derive_all<LargeDeriveParams<T>>(bucket, scalars, stream);
+  if (error != cudaSuccess) return error;
+  GradientSplitter<T> splitter(bucket);
+  while (splitter.next(Large::kTensorCapacity)) {
+    const auto launch_with = [&](auto* params) {
+      splitter.fill(tables.tensors, tables.items, params);
+      params->scalars = scalars;
+      return launch<Key>(*params, splitter.block_count(), stream);
+    };
+    if (splitter.tensor_count() <= Small::kTensorCapacity) {
+      Small params;
+      error = launch_with(&params);
+    } else {
+      Large params;
+      error = launch_with(&params);
+    }
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
 }  // namespace
 
-const char* step_cuda(const Bucket& bucket, const TensorEntry* device_tensors,
-                      const WorkItem* device_items, int device, void* stream) {
+int64_t device_rows_bytes(const Bucket& bucket) {
+  return kDtypePairs[bucket.pair].param == Dtype::float64
+             ? DeviceRows<double>::bytes(bucket.tensor_count)
+             : DeviceRows<float>::bytes(bucket.tensor_count);
+}
+
+const char* step_cuda(const Bucket& bucket, const DeviceTables& tables, void* rows, int device,
+                      void* stream) {
   if (bucket.item_count > std::numeric_limits<int32_t>::max()) {
     return "a bucket of more than 2^31 - 1 chunks exceeds a CUDA grid: split its parameters over "
            "several optimizers";
@@ -85,8 +119,10 @@ const char* step_cuda(const Bucket& bucket, const TensorEntry* device_tensors,
   if (guard.error() != cudaSuccess) return cudaGetErrorString(guard.error());
   cudaError_t error = cudaSuccess;
   const bool known = dispatch(bucket, [&](auto key) {
-    error = launch_all<decltype(key)>(bucket, device_tensors, device_items,
-                                      static_cast<cudaStream_t>(stream));
+    using Key = decltype(key);
+    const auto on = static_cast<cudaStream_t>(stream);
+    error = bucket.device == nullptr ? launch_all<Key>(bucket, tables, on)
+                                     : launch_all_on_device<Key>(bucket, tables, rows, on);
   });
   if (!known) return "no kernel for this pair of types and second moment";
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -96,6 +132,12 @@ const char* upload_cuda(void* device_memory, const void* host_memory, size_t byt
                         void* stream) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return cudaGetErrorString(guard.error());
+  cudaStreamCaptureStatus status;
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess &&
+      status != cudaStreamCaptureStatusNone) {
+    return "a CUDA graph is being captured and the parameters or their state are not those of the "
+           "last step: take a step outside the graph first";
+  }
   // Pageable host memory is staged before the call returns.
   const cudaError_t error = cudaMemcpyAsync(
       device_memory, host_memory, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream));

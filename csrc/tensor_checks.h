@@ -9,6 +9,9 @@
 
 namespace adamal {
 
+// A gradient without elements may have no address, and yet counts as one.
+inline constexpr char kEmptyGradient = 0;
+
 // A tensor type, and the bytes of an element, which torch keeps in a table.
 struct ElementType {
   caffe2::TypeMeta type;

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adamal_kernels.hyperparameters import StepScalars
+from adamal_kernels.hyperparameters import StepOptions, StepScalars
 
 Array = npt.NDArray[Any]
 
@@ -191,15 +191,15 @@ class Harness:
             self._run(head + values.astype(np.float32).tobytes()), np.uint16
         ).copy()
 
-    def derive_step_scalars(self, options: Sequence[dict[str, Any]]) -> Array:
-        """Return the rows of ``derive_step_scalars(**options[i])``, float64."""
-        payload = _integers(Command.SCALARS, len(options))
-        for o in options:
-            numbers = ("lr", "beta1", "beta2", "eps", "weight_decay", "lower", "upper")
-            flags = ("decoupled_weight_decay", "maximize", "bias_correction")
-            payload += struct.pack("<q7d", o["step"], *(o[name] for name in numbers))
-            payload += _integers(*(o[name] for name in flags))
-        return np.frombuffer(self._run(payload), np.float64).reshape(len(options), -1)
+    def derive_step_scalars(self, steps: Sequence[tuple[int, StepOptions, float]]) -> Array:
+        """Return the rows of ``derive_step_scalars(*steps[i])``, float64."""
+        payload = _integers(Command.SCALARS, len(steps))
+        for step, o, grad_factor in steps:
+            numbers = (o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.lower, o.upper)
+            payload += struct.pack("<q7d", step, *numbers)
+            payload += _integers(o.decoupled_weight_decay, o.maximize, o.bias_correction)
+            payload += struct.pack("<d", grad_factor)
+        return np.frombuffer(self._run(payload), np.float64).reshape(len(steps), -1)
 
     def step_cpu(self, cases: Sequence[StepCase]) -> list[StepResult]:
         """Step every case with ``step_cpu``: ranges of items in random order."""

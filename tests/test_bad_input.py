@@ -41,9 +41,20 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
         for value in ("0.1", b"0.1", None, True, [0.1], 1j)
     ],
     *[
-        ({name: torch.tensor(0.1)}, NotImplementedError, [f"{name} as a Tensor", f"{name}.item()"])
-        for name in NUMBERS
+        ({name: torch.tensor(0.1)}, TypeError, [f"{name} must be a number", f"{name}.item()"])
+        for name in ("eps", "weight_decay")
     ],
+    *[
+        ({"lr": torch.tensor(value)}, ValueError, [f"lr={value!r}", "finite", "lr >= 0"])
+        for value in (-1.0, math.nan, math.inf)
+    ],
+    ({"lr": torch.tensor([0.1, 0.1])}, ValueError, ["Tensor lr", "1-element", "(2,)"]),
+    ({"lr": torch.tensor(1)}, TypeError, ["Tensor lr", "float32 or float64", "int64"]),
+    (
+        {"lr": torch.tensor(0.1), "foreach": True},
+        ValueError,
+        ["lr as a Tensor", "capturable=False and foreach=True", "pass a number"],
+    ),
     *[
         ({"betas": (value, 0.9)}, ValueError, [f"betas[0]={value!r}", "0 <= beta < 1"])
         for value in (-0.1, 1.0, 1, 2.0, math.nan, math.inf)
@@ -54,18 +65,27 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"betas": (0.9,)}, TypeError, ["betas", "(0.9,)", "pair of numbers"]),
     ({"betas": (0.9, 0.9, 0.9)}, TypeError, ["betas", "pair of numbers"]),
     ({"betas": "ab"}, TypeError, ["betas", "'ab'", "pair of numbers"]),
+    *[
+        ({"betas": betas}, ValueError, ["betas", "both floats or both Tensors", "convert one"])
+        for betas in ((torch.tensor(0.9), 0.9), (0.9, torch.tensor(0.9)))
+    ],
     (
-        {"betas": (torch.tensor(0.9), 0.9)},
-        NotImplementedError,
-        ["betas[0] as a Tensor", "pass a number"],
+        {"betas": (torch.tensor(0.9), torch.tensor(1.0))},
+        ValueError,
+        ["betas[1]=1.0", "0 <= beta < 1"],
     ),
     *[
         ({name: value}, TypeError, [name, "True or False", repr(value)])
-        for name in ("amsgrad", "maximize", "decoupled_weight_decay", "bias_correction")
+        for name in (
+            "amsgrad",
+            "maximize",
+            "capturable",
+            "differentiable",
+            "decoupled_weight_decay",
+            "bias_correction",
+        )
         for value in (1, None, "yes")
     ],
-    ({"capturable": True}, NotImplementedError, ["capturable=True", "leave it False"]),
-    ({"differentiable": True}, NotImplementedError, ["differentiable=True", "leave it False"]),
     (
         {"amsgrad": True},
         ValueError,
@@ -95,6 +115,9 @@ CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
         for name in ("cuda", "triton", "cpu", "reference")
     ],
     ({"foreach": False, "backend": "foreach"}, ["foreach=False and backend='foreach'"]),
+    ({"differentiable": True, "fused": True}, ["differentiable=True and fused=True"]),
+    ({"differentiable": True, "foreach": True}, ["only backend='reference'", "foreach=True"]),
+    ({"differentiable": True, "backend": "cpu"}, ["only backend='reference'", "backend='cpu'"]),
 ]
 
 ALL_OPTIONS = OPTIONS + [

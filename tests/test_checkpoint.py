@@ -365,7 +365,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], None], type[Exception], list
         ["step of parameter 1", "inf"],
     ),
     "lr out of range": (_group(lr=-1.0), ValueError, ["lr=-1.0", "lr >= 0"]),
-    "lr a tensor": (_group(lr=torch.tensor(0.1)), NotImplementedError, ["lr as a Tensor"]),
+    "lr a tensor of two": (_group(lr=torch.tensor([0.1, 0.1])), ValueError, ["1-element"]),
     "betas out of range": (_group(betas=(0.9, 1.0)), ValueError, ["betas[1]=1.0", "beta < 1"]),
     "amsgrad": (_group(amsgrad=True), ValueError, ["amsgrad=True", "AdamAL", "leave it False"]),
     "an unknown set": (

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adamal_kernels.hyperparameters import StepScalars, beta_power, derive_step_scalars
+from adamal_kernels.hyperparameters import StepOptions, StepScalars, beta_power, derive_step_scalars
 
 UNIT = 2.0**-53
 BETAS = (0.0, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999, 1 - UNIT)
@@ -80,10 +80,9 @@ def test_beta_power_of_zero_and_one(beta: float) -> None:
     assert beta_power(beta, 1) == beta
 
 
-def scalars(**changes: Any) -> StepScalars:
+def scalars(*, step: int = 3, **changes: Any) -> StepScalars:
     """Derive the scalars of the default options, but for ``changes``."""
     options: dict[str, Any] = {
-        "step": 3,
         "lr": 0.01,
         "beta1": 0.9,
         "beta2": 0.999,
@@ -93,7 +92,7 @@ def scalars(**changes: Any) -> StepScalars:
         "maximize": False,
         "bias_correction": True,
     }
-    return derive_step_scalars(**{**options, **changes})
+    return derive_step_scalars(step, StepOptions(**{**options, **changes}))
 
 
 def test_default_row() -> None:
@@ -106,7 +105,7 @@ def test_default_row() -> None:
         eps=1e-8,
         coupled_decay=0.0,
         decay_factor=1.0,
-        grad_sign=1.0,
+        grad_factor=1.0,
         lower=-math.inf,
         upper=math.inf,
     )
@@ -121,7 +120,7 @@ def test_default_row() -> None:
             {"weight_decay": 0.1, "decoupled_weight_decay": True},
             {"decay_factor": 1 - 0.01 * 0.1},
         ),
-        ({"maximize": True}, {"grad_sign": -1.0}),
+        ({"maximize": True}, {"grad_factor": -1.0}),
         ({"eps": 0.0}, {"eps": 0.0}),
         ({"lower": -1.0, "upper": 2.0}, {"lower": -1.0, "upper": 2.0}),
         ({"lr": 0.0}, {"step_size": 0.0}),

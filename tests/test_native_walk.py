@@ -29,7 +29,7 @@ from native_harness import (
 
 from adamal_kernels.bucket import SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
-from adamal_kernels.hyperparameters import StepScalars, derive_step_scalars
+from adamal_kernels.hyperparameters import StepOptions, StepScalars, derive_step_scalars
 
 Array = npt.NDArray[Any]
 
@@ -72,7 +72,7 @@ def expected_tensor(case: StepCase, tensor: TensorCase) -> TensorCase:
     real = NUMPY[compute_dtype(dtypes.param)]
     s = StepScalars(*(real(value) for value in case.scalars[tensor.row]))
     param = decoded(tensor.param, dtypes.param)
-    grad = s.grad_sign * decoded(tensor.grad, dtypes.grad).astype(real)
+    grad = s.grad_factor * decoded(tensor.grad, dtypes.grad).astype(real)
     if s.coupled_decay != 0:
         grad = grad + s.coupled_decay * param
     param = param * s.decay_factor
@@ -175,8 +175,7 @@ def make_scalars(
     box: tuple[float, float] = BOXES[0],
     lr: float = 0.1,
 ) -> StepScalars:
-    return derive_step_scalars(
-        step=step,
+    options = StepOptions(
         lr=lr,
         beta1=0.9,
         beta2=0.98,
@@ -188,6 +187,7 @@ def make_scalars(
         lower=box[0],
         upper=box[1],
     )
+    return derive_step_scalars(step, options)
 
 
 ROWS = [
@@ -451,22 +451,25 @@ def test_encode(harness: Harness, code: int, dtype: torch.dtype) -> None:
 def test_scalars_are_those_of_python(harness: Harness) -> None:
     rng = np.random.default_rng(8)
     steps = [1, 2, 3, 4, 7, 8, 100, 4095, 4096, 1_000_000, 2**40 + 1]
-    options = [
-        {
-            "step": step,
-            "lr": rng.uniform(0, 1),
-            "beta1": beta,
-            "beta2": rng.choice([0.9, 0.98, 0.999, 0.9999, rng.uniform()]),
-            "eps": 1e-8,
-            "weight_decay": rng.uniform(),
-            "lower": -rng.uniform(),
-            "upper": math.inf,
-            "decoupled_weight_decay": bool(rng.integers(2)),
-            "maximize": bool(rng.integers(2)),
-            "bias_correction": bool(rng.integers(8)),
-        }
+    cases = [
+        (
+            step,
+            StepOptions(
+                lr=rng.choice([0.0, rng.uniform()]),
+                beta1=beta,
+                beta2=rng.choice([0.9, 0.98, 0.999, 0.9999, rng.uniform()]),
+                eps=1e-8,
+                weight_decay=rng.uniform(),
+                decoupled_weight_decay=bool(rng.integers(2)),
+                maximize=bool(rng.integers(2)),
+                bias_correction=bool(rng.integers(8)),
+                lower=-rng.uniform(),
+                upper=math.inf,
+            ),
+            rng.uniform(),
+        )
         for step in [*steps, *range(1, 3000, 7)]
         for beta in (0.0, 0.5, 0.9, 0.99, rng.uniform())
     ]
-    expected = np.array([derive_step_scalars(**option) for option in options])
-    assert harness.derive_step_scalars(options).tobytes() == expected.tobytes()
+    expected = np.array([derive_step_scalars(*case) for case in cases])
+    assert harness.derive_step_scalars(cases).tobytes() == expected.tobytes()

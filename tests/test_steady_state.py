@@ -62,10 +62,10 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     check_entry = plan_module._check_entry
 
-    def recording(param: torch.Tensor, options: Any, where: str) -> Any:
+    def recording(param: torch.Tensor, options: Any, where: str, *more: Any) -> Any:
         if options.backend == "cpu":
             seen.append(where)
-        return check_entry(param, options, where)
+        return check_entry(param, options, where, *more)
 
     monkeypatch.setattr(plan_module, "_check_entry", recording)
     return seen

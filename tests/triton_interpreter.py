@@ -19,7 +19,7 @@ from adamal_kernels.backends.reference import ReferenceBackend
 from adamal_kernels.backends.triton import TensorEntry, TritonBackend
 from adamal_kernels.bucket import Bucket, BucketKey, SecondMoment
 from adamal_kernels.dtypes import DtypePair, compute_dtype
-from adamal_kernels.hyperparameters import derive_step_scalars
+from adamal_kernels.hyperparameters import StepOptions, derive_step_scalars
 from adamal_kernels.verify import same_bits
 
 CPU = torch.device("cpu")
@@ -154,7 +154,8 @@ def set_step(
             put_special(grad)
         bucket.grads.append(made.place(grad, int(shape.misaligned == "grads")))
     bucket.scalars = [
-        derive_step_scalars(step=step, **{**_OPTIONS, **VARIANTS[name]}) for name in variants
+        derive_step_scalars(step, StepOptions(**{**_OPTIONS, **VARIANTS[name]}))
+        for name in variants
     ]
     bucket.rows = [(i + step) % len(variants) for i in range(len(shapes))]
 
@@ -334,7 +335,7 @@ def check_scalars_are_rounded_once() -> None:
     made = make_tensors(key, (Shape(4),))
     set_step(made, (Shape(4),), 1, ("default",), special=False)
     just_above_half = 1.0 + 2.0**-24 + 2.0**-50
-    idle = derive_step_scalars(step=1, **{**_OPTIONS, "lr": 0.0})
+    idle = derive_step_scalars(1, StepOptions(**{**_OPTIONS, "lr": 0.0}))
     made.bucket.scalars = [idle._replace(decay_factor=just_above_half)]
     made.bucket.params[0].fill_(1.0)
     TritonBackend().step(made.bucket)

@@ -10,6 +10,7 @@ import warnings
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from ..bucket import Bucket, BucketKey
 from .foreach import ForeachBackend
@@ -32,6 +33,13 @@ class Backend(Protocol):
 
     def unsupported(self, key: BucketKey) -> str | None:
         """Why this kind of bucket cannot be stepped, with the remedy; None if it can."""
+
+    def squared_norm(self, bucket: Bucket) -> Tensor:
+        """Return the sum of squares of the bucket's gradients, of which alone it has any yet.
+
+        A float64 scalar on the bucket's device, added in the order of
+        :mod:`adamal_kernels.gradient_norm`.
+        """
 
     def step(self, bucket: Bucket) -> None:
         """Step the bucket's parameters and moments in place."""
@@ -59,8 +67,10 @@ _AUTO_ELSEWHERE = ("foreach",)
 _announced: set[tuple[str, str]] = set()
 
 
-def check_request(backend: object, *, fused: object, foreach: object) -> None:
-    """Check that ``backend``, ``fused`` and ``foreach`` are valid and agree.
+def check_request(
+    backend: object, *, fused: object, foreach: object, differentiable: object = False
+) -> None:
+    """Check that ``backend``, ``fused``, ``foreach`` and ``differentiable`` are valid and agree.
 
     Raises:
         TypeError: ``fused`` or ``foreach`` is neither a bool nor None.
@@ -82,6 +92,11 @@ def check_request(backend: object, *, fused: object, foreach: object) -> None:
         contradiction = f"foreach=True and backend={backend!r}"
     elif foreach is False and backend == "foreach":
         contradiction = f"foreach=False and backend={backend!r}"
+    elif differentiable and fused:
+        contradiction = "differentiable=True and fused=True (`fused` does not support it)"
+    elif differentiable and (foreach or backend not in ("auto", "reference")):
+        asked = "foreach=True" if foreach else f"backend={backend!r}"
+        contradiction = f"differentiable=True, which only backend='reference' can do, and {asked}"
     if contradiction:
         raise ValueError(f"{contradiction} contradict each other; set only backend")
 
@@ -105,7 +120,12 @@ def _candidates(
 
 
 def pick(
-    key: BucketKey, *, backend: str = "auto", fused: bool | None = None, foreach: bool | None = None
+    key: BucketKey,
+    *,
+    backend: str = "auto",
+    fused: bool | None = None,
+    foreach: bool | None = None,
+    differentiable: bool = False,
 ) -> Backend:
     """Return the backend that steps buckets of kind ``key`` under these options.
 
@@ -115,6 +135,8 @@ def pick(
     Raises:
         RuntimeError: none of those asked for can; the message says why of each, and the remedy.
     """
+    if differentiable:
+        backend = "reference"
     candidates = _candidates(key.device.type, backend, fused, foreach)
     reasons = []
     for name in candidates:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..bucket import Bucket, BucketKey, SecondMoment
 from ..dtypes import DTYPE_PAIRS, compute_dtype
-from ..hyperparameters import StepScalars
-from .reference import rounded_sqrt
+from ..gradient_norm import squared_norm
+from ..hyperparameters import StepScalars, derive_step_scalars
+from ..rounding import rounded_sqrt
+from .device_scalars import device_rows
 
 __all__ = ["ForeachBackend"]
 
@@ -34,20 +36,48 @@ class ForeachBackend:
         """See :class:`adamal_kernels.backends.Backend`."""
         return None if key.dtypes in DTYPE_PAIRS else f"{key.dtypes} is not in DTYPE_PAIRS"
 
+    def squared_norm(self, bucket: Bucket) -> Tensor:
+        """See :class:`adamal_kernels.backends.Backend`."""
+        return squared_norm(bucket.grads, compute_dtype(bucket.key.dtypes.param))
+
     def step(self, bucket: Bucket) -> None:
         """See :class:`adamal_kernels.backends.Backend`."""
         dtype = compute_dtype(bucket.key.dtypes.param)
-        table = [
-            StepScalars(*row)
-            for row in torch.tensor(bucket.scalars, dtype=dtype, device="cpu").tolist()
+        source = bucket.device_scalars
+        if source is None:
+            table = torch.tensor(bucket.scalars, dtype=dtype, device="cpu").tolist()
+            rows = [StepScalars(*table[row]) for row in bucket.rows]
+            self._step(bucket, rows, rows)
+            return
+        rows, skip = device_rows(source, bucket.rows, dtype, bucket.key.device)
+        known = [derive_step_scalars(1, source.options[row]) for row in bucket.rows]
+        if skip is None:
+            self._step(bucket, rows, known)
+            return
+        changed = [
+            *bucket.params,
+            *bucket.exp_avgs,
+            *bucket.exp_avg_sqs,
+            *bucket.max_exp_avg_sqs,
         ]
-        rows = [table[row] for row in bucket.rows]
+        before = [tensor.clone() for tensor in changed]
+        self._step(bucket, rows, known)
+        for tensor, old in zip(changed, before, strict=True):
+            tensor.copy_(torch.where(skip, old, tensor))
 
+    def _step(
+        self, bucket: Bucket, rows: Sequence[StepScalars], known: Sequence[StepScalars]
+    ) -> None:
+        """Step by ``rows``, of numbers or of tensors.
+
+        ``known`` has numbers wherever the host knows them: it tells which terms are left out.
+        """
+        dtype = compute_dtype(bucket.key.dtypes.param)
         grads = torch._foreach_mul(
-            [grad.to(dtype) for grad in bucket.grads], [row.grad_sign for row in rows]
+            [grad.to(dtype) for grad in bucket.grads], [row.grad_factor for row in rows]
         )
         params = [param.to(dtype) for param in bucket.params]
-        decayed = [i for i, row in enumerate(rows) if row.coupled_decay != 0]
+        decayed = [i for i, row in enumerate(known) if row.coupled_decay != 0]
         if decayed:
             terms = torch._foreach_mul(
                 [params[i] for i in decayed], [rows[i].coupled_decay for i in decayed]
@@ -62,8 +92,11 @@ class ForeachBackend:
         denominators = self._second_moments(bucket, grads, rows)
         denominators = [rounded_sqrt(v) for v in denominators]
         # By tensors: eager CUDA divides by a number by multiplying by its reciprocal.
-        divisors = torch.tensor([row.bias2_sqrt for row in rows], dtype=dtype, device="cpu")
-        torch._foreach_div_(denominators, list(divisors.to(bucket.key.device).unbind()))
+        divisors = [row.bias2_sqrt for row in rows]
+        if bucket.device_scalars is None:
+            table = torch.tensor(divisors, dtype=dtype, device="cpu").to(bucket.key.device)
+            divisors = list(table.unbind())
+        torch._foreach_div_(denominators, divisors)
         torch._foreach_add_(denominators, [row.eps for row in rows])
 
         quotients = list(torch._foreach_div(bucket.exp_avgs, denominators))
@@ -73,11 +106,12 @@ class ForeachBackend:
         torch._foreach_mul_(quotients, [row.step_size for row in rows])
         torch._foreach_sub_(params, quotients)
 
-        for i, row in enumerate(rows):
-            if row.lower != -math.inf or row.upper != math.inf:
-                lower, upper = torch.tensor(
-                    [row.lower, row.upper], dtype=dtype, device=bucket.key.device
-                ).unbind()
+        for i, row in enumerate(known):
+            if _is_bounded(row):
+                lower, upper = (
+                    torch.as_tensor(bound, dtype=dtype, device=bucket.key.device)
+                    for bound in (rows[i].lower, rows[i].upper)
+                )
                 p = params[i]
                 params[i] = torch.where(p < lower, lower, torch.where(p > upper, upper, p))
         torch._foreach_copy_(bucket.params, params)
@@ -109,3 +143,10 @@ class ForeachBackend:
         ]
         torch._foreach_copy_(bucket.max_exp_avg_sqs, maxima)
         return maxima
+
+
+def _is_bounded(known: StepScalars) -> bool:
+    # Where the learning rate is a tensor, so are the bounds: there are none if it is 0.
+    if isinstance(known.lower, Tensor):
+        return True
+    return known.lower != -math.inf or known.upper != math.inf

@@ -8,12 +8,14 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..bucket import Bucket, BucketKey
+from ..bucket import Bucket, BucketKey, DeviceScalars
 from ..build_info import why_not_importable
 from ..dtypes import DTYPE_PAIRS
+from ..hyperparameters import StepOptions
 
-__all__ = ["CpuBackend", "CudaBackend", "NativeBackend"]
+__all__ = ["CpuBackend", "CudaBackend", "NativeBackend", "bound_options"]
 
 
 # Asked for every parameter that is checked, and the same for as long as the process lives.
@@ -36,23 +38,23 @@ class NativeBackend:
         """See :class:`adamal_kernels.backends.Backend`."""
         return None if key.dtypes in DTYPE_PAIRS else f"{key.dtypes} is not in DTYPE_PAIRS"
 
+    def squared_norm(self, bucket: Bucket) -> Tensor:
+        """See :class:`adamal_kernels.backends.Backend`."""
+        return self.new_plan(bucket.key).squared_norm(bucket.grads)
+
     def step(self, bucket: Bucket) -> None:
         """See :class:`adamal_kernels.backends.Backend`."""
         plan = bucket.workspace.get("plan")
         if plan is None:
             plan = bucket.workspace["plan"] = self.new_plan(bucket.key)
+        plan.bind(bucket.params, bucket.exp_avgs, bucket.exp_avg_sqs, bucket.max_exp_avg_sqs)
+        if bucket.device_scalars is not None:
+            _step_on_device(plan, bucket, bucket.device_scalars)
+            return
         scalars = array("d")
         for row in bucket.scalars:
             scalars.extend(row)
-        plan.step(
-            bucket.params,
-            bucket.grads,
-            bucket.exp_avgs,
-            bucket.exp_avg_sqs,
-            bucket.max_exp_avg_sqs,
-            scalars,
-            bucket.rows,
-        )
+        plan.step(bucket.grads, scalars, bucket.rows)
 
     def new_plan(self, key: BucketKey) -> Any:
         """Return an empty plan for buckets of kind ``key``."""
@@ -97,3 +99,41 @@ class CudaBackend(NativeBackend):
         return extension.cuda_plan(
             DTYPE_PAIRS.index(key.dtypes), int(key.second_moment), key.device.index, kernels.api
         )
+
+
+def bound_options(
+    options: StepOptions, *, group: int = 0, device: torch.device | None = None
+) -> Any:
+    """Return options as C++ holds them; tensors among them are left to be read there."""
+    extension = import_module("adamal_kernels._C")
+    numbers = {
+        name: 0.0 if isinstance(value, Tensor) else value
+        for name, value in options._asdict().items()
+    }
+    return extension.BoundOptions(group=group, device=device, **numbers)
+
+
+def _step_on_device(plan: Any, bucket: Bucket, source: DeviceScalars) -> None:
+    # One pack, which the kernel can index; the counts are views of one from the next step on.
+    counts = torch.stack(source.steps)
+    inputs = source.inputs
+    plan.step_on_device(
+        bucket.grads,
+        [bound_options(options) for options in source.options],
+        [
+            tuple(value if isinstance(value, Tensor) else None for value in options[:3])
+            for options in source.options
+        ],
+        bucket.rows,
+        counts,
+        grad_scale=_one(inputs.grad_scale, torch.float32),
+        found_inf=_one(inputs.found_inf, torch.float32),
+        grad_norm=_one(inputs.grad_norm, torch.float64),
+        max_grad_norm=inputs.max_grad_norm,
+        skipped_steps=inputs.skipped_steps,
+    )
+    torch._foreach_copy_(source.steps, list(counts.unbind()))
+
+
+def _one(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to(dtype)

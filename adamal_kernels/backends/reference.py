@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..bucket import Bucket, BucketKey, SecondMoment
 from ..dtypes import DTYPE_PAIRS, compute_dtype
+from ..gradient_norm import squared_norm
 from ..hyperparameters import StepScalars
+from ..rounding import rounded_sqrt
+from .device_scalars import device_rows
 
-__all__ = ["ReferenceBackend", "rounded_sqrt"]
-
-
-def rounded_sqrt(value: Tensor) -> Tensor:
-    """Return the correctly rounded square root of a float32 or float64 tensor.
-
-    ``torch.sqrt`` on x86 CPUs is one unit in the last place off for up to a fifth of all values;
-    numpy's is the processor's own, which rounds to nearest.
-
-    Example:
-        >>> rounded_sqrt(torch.tensor([2.0, 0.0, float("inf")]))
-        tensor([1.4142, 0.0000,    inf])
-    """
-    if value.device.type != "cpu":
-        return torch.sqrt(value)
-    with np.errstate(invalid="ignore"):
-        return torch.from_numpy(np.asarray(np.sqrt(value.contiguous().numpy())))
+__all__ = ["ReferenceBackend"]
 
 
 class ReferenceBackend:
@@ -43,8 +29,20 @@ class ReferenceBackend:
         """See :class:`adamal_kernels.backends.Backend`."""
         return None if key.dtypes in DTYPE_PAIRS else f"{key.dtypes} is not in DTYPE_PAIRS"
 
+    def squared_norm(self, bucket: Bucket) -> Tensor:
+        """See :class:`adamal_kernels.backends.Backend`."""
+        return squared_norm(bucket.grads, compute_dtype(bucket.key.dtypes.param))
+
     def step(self, bucket: Bucket) -> None:
         """See :class:`adamal_kernels.backends.Backend`."""
+        dtype = compute_dtype(bucket.key.dtypes.param)
+        if bucket.device_scalars is not None:
+            rows, skip = device_rows(bucket.device_scalars, bucket.rows, dtype, bucket.key.device)
+        else:
+            # Tensors: eager CUDA divides by a number by multiplying by its reciprocal.
+            table = torch.tensor(bucket.scalars, dtype=dtype, device="cpu").to(bucket.key.device)
+            table_rows = [StepScalars(*row.unbind()) for row in table.unbind()]
+            rows, skip = [table_rows[row] for row in bucket.rows], None
         maxima = bucket.max_exp_avg_sqs or [None] * len(bucket.params)
         for param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, row in zip(
             bucket.params,
@@ -52,18 +50,14 @@ class ReferenceBackend:
             bucket.exp_avgs,
             bucket.exp_avg_sqs,
             maxima,
-            bucket.rows,
+            rows,
             strict=True,
         ):
-            _step_tensor(
-                param,
-                grad,
-                exp_avg,
-                exp_avg_sq,
-                max_exp_avg_sq,
-                bucket.scalars[row],
-                bucket.key.second_moment,
+            moved = _step_tensor(
+                param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, row, bucket.key.second_moment
             )
+            for target, value in moved:
+                target.copy_(value if skip is None else torch.where(skip, target, value))
 
 
 def _step_tensor(
@@ -72,17 +66,15 @@ def _step_tensor(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
-    scalars: StepScalars,
+    s: StepScalars,
     second_moment: SecondMoment,
-) -> None:
+) -> list[tuple[Tensor, Tensor]]:
+    """Return each tensor that the step changes, with its new value; ``s`` are tensors."""
     dtype = compute_dtype(param.dtype)
-    # Tensors, not Python numbers: eager CUDA divides by a number by multiplying by its reciprocal.
-    s = StepScalars(*torch.tensor(scalars, dtype=dtype, device="cpu").to(param.device).unbind())
-
-    g = grad.to(dtype) * s.grad_sign
+    g = grad.to(dtype) * s.grad_factor
     p = param.to(dtype)
-    if s.coupled_decay != 0:
-        g = g + s.coupled_decay * p
+    # Left out rather than added as 0 * p: that would be NaN where p is infinite.
+    g = torch.where(s.coupled_decay != 0, g + s.coupled_decay * p, g)
     p = p * s.decay_factor
 
     m = exp_avg + s.one_minus_beta1 * (g - exp_avg)
@@ -94,15 +86,14 @@ def _step_tensor(
     else:
         # As a sum: accurate where v falls far, which the difference is not if beta2 is small.
         v = s.beta2 * exp_avg_sq + s.one_minus_beta2 * g2
-    exp_avg.copy_(m)
-    exp_avg_sq.copy_(v)
+    moved = [(exp_avg, m), (exp_avg_sq, v)]
     if max_exp_avg_sq is not None:
         v = torch.where(v > max_exp_avg_sq, v, max_exp_avg_sq)
-        max_exp_avg_sq.copy_(v)
+        moved.append((max_exp_avg_sq, v))
 
     d = rounded_sqrt(v) / s.bias2_sqrt + s.eps
     # Gradient and moments all zero with eps=0: the paper divides 0 by 0, the parameter stays.
     quotient = torch.where((m == 0) & (d == 0), 0.0, m / d)
     p = p - s.step_size * quotient
     p = torch.where(p < s.lower, s.lower, torch.where(p > s.upper, s.upper, p))
-    param.copy_(p)
+    return [*moved, (param, p)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..bucket import Bucket, BucketKey
 from ..dtypes import DTYPE_PAIRS, compute_dtype
+from ..gradient_norm import squared_norm
 from ..hyperparameters import StepScalars
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class TritonBackend:
         """See :class:`adamal_kernels.backends.Backend`."""
         if key.dtypes not in DTYPE_PAIRS:
             return f"{key.dtypes} is not in DTYPE_PAIRS"
+        if key.device_scalars:
+            return "scalars derived on the device are not implemented yet; use backend='cuda'"
         interpreted_bfloat16 = key.device.type == "cpu" and torch.bfloat16 in key.dtypes
         if interpreted_bfloat16 and not _kernels().casts_bfloat16_correctly():
             return (
@@ -46,6 +49,10 @@ class TritonBackend:
                 "use backend='cpu', or a GPU"
             )
         return None
+
+    def squared_norm(self, bucket: Bucket) -> Tensor:
+        """See :class:`adamal_kernels.backends.Backend`."""
+        return squared_norm(bucket.grads, compute_dtype(bucket.key.dtypes.param))
 
     def step(self, bucket: Bucket) -> None:
         """See :class:`adamal_kernels.backends.Backend`."""

@@ -142,11 +142,11 @@ def _element(g, p, m, v, v_max, scalars, SECOND_MOMENT: tl.constexpr, PACKS: tl.
     eps = tl.load(scalars + 5)
     coupled_decay = tl.load(scalars + 6)
     decay_factor = tl.load(scalars + 7)
-    grad_sign = tl.load(scalars + 8)
+    grad_factor = tl.load(scalars + 8)
     lower = tl.load(scalars + 9)
     upper = tl.load(scalars + 10)
 
-    g = _multiply(grad_sign, g, PACKS)
+    g = _multiply(grad_factor, g, PACKS)
     g = tl.where(coupled_decay != 0, g + _multiply(coupled_decay, p, PACKS), g)
     p = _multiply(p, decay_factor, PACKS)
     m = m + _multiply(one_minus_beta1, g - m, PACKS)

@@ -309,7 +309,8 @@ void derive_scalars(Input& input, Output& output) {
     const auto flag = input.array<int64_t>(3);
     const StepOptions options{number[0], number[1], number[2],    number[3],    number[4],
                               number[5], number[6], flag[0] != 0, flag[1] != 0, flag[2] != 0};
-    output.array(std::vector<StepScalars<double>>{derive_step_scalars(step, options)});
+    const double grad_factor = input.array<double>(1)[0];
+    output.array(std::vector<StepScalars<double>>{derive_step_scalars(step, options, grad_factor)});
   }
 }
 

@@ -1,0 +1,64 @@
+"""Scalars that only the device knows, by torch operators: for the backends without a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..bucket import DeviceScalars
+from ..hyperparameters import StepOptions, StepScalars, derive_step_scalars
+
+__all__ = ["device_rows"]
+
+
+def device_rows(
+    source: DeviceScalars, rows: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> tuple[list[StepScalars], Tensor | None]:
+    """Derive the scalars of each tensor on the device, and count the step there.
+
+    Args:
+        source: what they are derived from; ``steps`` are increased unless the step is skipped.
+        rows: tensor ``i`` has ``source.options[rows[i]]``.
+        dtype: the compute type, which every scalar is rounded to.
+        device: the bucket's.
+
+    Returns:
+        A row of 0-dimensional tensors for each tensor, and whether the step is skipped: a boolean
+        0-dimensional tensor, or None where it cannot be.
+    """
+    factor, skip = source.inputs.factor_on_device()
+    taken: int | Tensor = 1
+    if isinstance(skip, Tensor):
+        taken = (~skip).to(torch.float32)
+        if source.inputs.skipped_steps is not None:
+            source.inputs.skipped_steps.add_(skip)
+    options = [_as_tensors(o, device) for o in source.options]
+    derived = []
+    for step, row in zip(source.steps, rows, strict=True):
+        count = step.detach().reshape(()).to(torch.int64) + 1
+        scalars = derive_step_scalars(count, options[row], factor)
+        derived.append(StepScalars(*(_rounded(scalar, dtype, device) for scalar in scalars)))
+    with torch.no_grad():
+        for step in source.steps:
+            step.add_(taken)
+    return derived, skip if isinstance(skip, Tensor) else None
+
+
+def _rounded(scalar: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(scalar, Tensor):
+        return scalar.to(dtype)
+    return torch.full((), scalar, dtype=torch.float64, device=device).to(dtype)
+
+
+def _as_tensors(options: StepOptions, device: torch.device) -> StepOptions:
+    """Return ``options`` with its numbers as float64 tensors, filled in and not copied there."""
+    numbers = {
+        name: value.double()
+        if isinstance(value, Tensor)
+        else torch.full((), value, dtype=torch.float64, device=device)
+        for name, value in options._asdict().items()
+        if not isinstance(value, bool)
+    }
+    return options._replace(**numbers)

@@ -1,0 +1,28 @@
+// Makes a CUDA device current for a scope.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace adamal {
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : device_(device) {
+    error_ = cudaGetDevice(&previous_);
+    if (error_ == cudaSuccess && previous_ != device_) error_ = cudaSetDevice(device_);
+  }
+  ~DeviceGuard() {
+    if (error_ == cudaSuccess && previous_ != device_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  cudaError_t error() const { return error_; }
+
+ private:
+  int device_;
+  int previous_ = 0;
+  cudaError_t error_;
+};
+
+}  // namespace adamal
