@@ -148,7 +148,7 @@ def read_step(value: Any, where: str) -> float:
 
 
 def _holds_one_number(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1 and value.device.type != "meta"
+    return isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta
 
 
 def _in_form_of(running: Any, saved: Any, where: str) -> Any:
@@ -197,7 +197,12 @@ def _merge_value(param: Tensor, name: str, value: Any, where: str) -> Any:
             f"checkpoint, the parameter {tuple(param.shape)}; the checkpoint is of another model, "
             "or its parameters are in another order"
         )
-    if value.device.type == "meta" or value.layout != torch.strided:
+    if param.is_meta:
+        raise ValueError(
+            f"load_state_dict: {where} is on meta in the optimizer; give the model memory first "
+            "(to_empty), and the optimizer its parameters"
+        )
+    if value.is_meta or value.layout != torch.strided:
         raise ValueError(
             f"load_state_dict: {name} of {where} must be a dense tensor with values, got one of "
             f"layout {value.layout} on {value.device}; load the checkpoint onto a real device"

@@ -602,6 +602,17 @@ def test_a_refusal_names_the_parameter() -> None:
         optimizer.load_state_dict(saved.state_dict())
 
 
+def test_a_parameter_on_meta_is_refused() -> None:
+    """Copying to it does nothing, in silence."""
+    params = new_params()
+    source = AdamAL(params, **FOREACH)
+    train(source, range(2))
+    optimizer = AdamAL([param.detach().to("meta").requires_grad_() for param in params])
+    with pytest.raises(ValueError, match=r"parameter 0 is on meta in the optimizer.*to_empty"):
+        optimizer.load_state_dict(source.state_dict())
+    assert len(optimizer.state) == 0
+
+
 def test_a_real_moment_of_a_complex_parameter_is_refused() -> None:
     param = torch.ones(2, dtype=torch.complex64).requires_grad_()
     optimizer = AdamAL([param], **FOREACH)
