@@ -62,7 +62,7 @@ def as_torch_adam(
     lost: Counter[str] = Counter()
     new_groups, new_state = [], dict(state)
     for index, group in enumerate(groups):
-        ids = [i for i in group["params"] if isinstance(state.get(i), Mapping)]
+        ids = [i for i in group.get("params", ()) if isinstance(state.get(i), Mapping)]
         held = [dict(state[i]) for i in ids]
         new_group = layout.rewrite_group(dict(group), held, f"group {index}")
         for i, values in zip(ids, held, strict=True):
@@ -104,9 +104,8 @@ _FUSED_ADAM = "FusedAdam"
 
 def _is_fused_adam(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> bool:
     """Whether a step is counted in the groups, by an Adam that knows of no amsgrad."""
-    return any(
-        "step" in group and "bias_correction" in group and "amsgrad" not in group
-        for group in groups
+    return any("step" in group for group in groups) and all(
+        "bias_correction" in group and "amsgrad" not in group for group in groups
     )
 
 
@@ -135,7 +134,7 @@ _OPTIMI = "optimi"
 
 
 def _is_optimi(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> bool:
-    return any("beta1" in group and "beta2" in group and "betas" not in group for group in groups)
+    return bool(groups) and all("beta1" in group and "beta2" in group for group in groups)
 
 
 def _optimi_group(group: Group, held: Sequence[Values], where: str) -> Group:
@@ -188,12 +187,12 @@ def _is_bitsandbytes(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, An
 
 
 def _bitsandbytes_group(group: Group, held: Sequence[Values], where: str) -> Group:
-    if group.pop("alpha", 0.0) or len(group["betas"]) != 2:
+    if group.get("alpha"):
         raise ValueError(
             f"load_state_dict: {where} of the bitsandbytes checkpoint has "
-            f"betas={group['betas']!r} and an 'alpha', as AdEMAMix has; its moments are not Adam's"
+            f"'alpha'={group['alpha']!r}, as AdEMAMix has; its moments are not Adam's"
         )
-    for name in ("t_alpha", "t_beta3"):
+    for name in ("alpha", "t_alpha", "t_beta3"):
         group.pop(name, None)
     for values in held:
         values.update(values.pop(_WRAPPED, {}))

@@ -372,7 +372,12 @@ REFUSED: dict[str, tuple[Callable[[Run], Saved], Callable[[Saved], Any], list[st
     "AdEMAMix": (
         bitsandbytes,
         _groups(betas=(0.9, 0.999, 0.9999), alpha=5.0),
-        ["group 0", "(0.9, 0.999, 0.9999)", "'alpha'", "AdEMAMix"],
+        ["group 0", "'alpha'=5.0", "AdEMAMix"],
+    ),
+    "a key of a group missing": (
+        bitsandbytes,
+        lambda saved: saved["param_groups"][1].pop("params"),
+        ["group 1", "no 'params'"],
     ),
     "LAMB": (
         bitsandbytes,
