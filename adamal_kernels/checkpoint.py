@@ -14,7 +14,7 @@ from .layout import empty_dense_like
 from .options import IMPLEMENTATION_OPTIONS
 from .projections import Projection, projection_from_dict, projection_to_dict
 
-__all__ = ["merge_groups", "merge_state", "saved_group"]
+__all__ = ["feed_back_maxima", "merge_groups", "merge_state", "read_step", "saved_group"]
 
 
 def saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,11 +38,16 @@ def merge_groups(
 
     The saved options win, but for those that say how to compute
     (:data:`~adamal_kernels.options.IMPLEMENTATION_OPTIONS`) and those the checkpoint lacks, such
-    as ``projection`` in one of ``torch.optim.Adam``.
+    as ``projection`` in one of ``torch.optim.Adam``. ``lr`` and ``betas`` take the saved values in
+    the running form: a number stays a number, a Tensor becomes one of its own type and device.
 
     Raises:
-        ValueError: the number of groups, or of parameters in one of them, differs.
+        ValueError: the number of groups, or of parameters in one of them, differs, or a Tensor
+            saved for a number has not one element.
     """
+    for index, group in enumerate(saved):
+        if "params" not in group:
+            raise ValueError(f"load_state_dict: group {index} of the checkpoint has no 'params'")
     if len(running) != len(saved):
         raise ValueError(
             f"load_state_dict: the checkpoint has {len(saved)} param groups, the optimizer "
@@ -57,22 +62,29 @@ def merge_groups(
                 "the groups it was saved with"
             )
         group = {**ours, **theirs, "params": ours["params"]}
+        for name in ("lr", "initial_lr"):
+            if name in group:
+                group[name] = _in_form_of(ours["lr"], group[name], f"{name} of group {index}")
+        betas = group["betas"]
+        if isinstance(betas, (tuple, list)) and len(betas) == len(ours["betas"]):
+            pairs = zip(ours["betas"], betas, strict=True)
+            group["betas"] = tuple(_in_form_of(*pair, f"betas of group {index}") for pair in pairs)
         if "param_names" in ours:
             group["param_names"] = ours["param_names"]
         for name in IMPLEMENTATION_OPTIONS:
             group[name] = ours[name]
         if isinstance(group["projection"], Mapping):
             group["projection"] = projection_from_dict(group["projection"])
-        if isinstance(group["betas"], list):
-            group["betas"] = tuple(group["betas"])
         merged.append(group)
     return merged
 
 
 def merge_state(
-    params: Sequence[Tensor], ids: Sequence[Any], saved: Mapping[Any, Any]
+    groups: Sequence[Mapping[str, Any]],
+    saved_groups: Sequence[Mapping[str, Any]],
+    saved: Mapping[Any, Any],
 ) -> defaultdict[Tensor, Any]:
-    """Return new state for ``params`` with the values saved under ``ids``.
+    """Return new state for the parameters of ``groups`` with the values saved under their ids.
 
     Every tensor keeps its type and is a copy, laid out as its parameter and on its device;
     ``step`` becomes a float32 scalar on the CPU, as torch.optim.Adam keeps it.
@@ -81,7 +93,11 @@ def merge_state(
         ValueError: a tensor's shape is not its parameter's, a ``step`` is no number, or state is
             saved for a parameter the checkpoint's groups do not name.
     """
-    by_id = dict(zip(ids, params, strict=True))
+    by_id: dict[Any, Tensor] = {}
+    names: dict[Any, str] = {}
+    for ours, theirs in zip(groups, saved_groups, strict=True):
+        by_id.update(zip(theirs["params"], ours["params"], strict=True))
+        names.update(zip(theirs["params"], ours.get("param_names", ()), strict=False))
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     for key, values in saved.items():
         if key not in by_id:
@@ -92,8 +108,58 @@ def merge_state(
                 )
             state[key] = values
             continue
-        state[by_id[key]] = _merge_values(by_id[key], values, f"parameter {key}")
+        where = f"parameter {key} ({names[key]})" if key in names else f"parameter {key}"
+        state[by_id[key]] = _merge_values(by_id[key], values, where)
     return state
+
+
+def feed_back_maxima(groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any]) -> None:
+    """Make AdamAL's of merged groups and state of AMSGrad: ``v`` goes on from its maximum.
+
+    AdamAL is AMSGrad with the maximum fed back into the average. A maximum in a group whose
+    ``amsgrad`` is off is left out, as torch leaves it unused.
+    """
+    for group in groups:
+        for param in group["params"]:
+            values = state.get(param, {})
+            maximum = values.pop("max_exp_avg_sq", None)
+            if group["amsgrad"] is True and maximum is not None:
+                values["exp_avg_sq"] = maximum
+        if group["amsgrad"] is True:
+            group["amsgrad"] = False
+
+
+def read_step(value: Any, where: str) -> float:
+    """Return the step count of ``where``, saved as a number or as a tensor of one element.
+
+    Raises:
+        ValueError: it is something else, negative or not finite.
+
+    Example:
+        >>> read_step(torch.tensor([7]), "parameter 0")
+        7.0
+    """
+    is_number = isinstance(value, (int, float)) or _holds_one_number(value)
+    if not is_number or not 0 <= float(value) < math.inf:
+        raise ValueError(
+            f"load_state_dict: step of {where} must be a number, finite and >= 0, got {value!r}"
+        )
+    return float(value)
+
+
+def _holds_one_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta
+
+
+def _in_form_of(running: Any, saved: Any, where: str) -> Any:
+    """Return the saved number as a number, or as a new Tensor like the running one."""
+    if isinstance(saved, Tensor):
+        if not _holds_one_number(saved):
+            raise ValueError(f"load_state_dict: {where} must be one number, got {saved!r}")
+        saved = saved.item()
+    if isinstance(running, Tensor) and isinstance(saved, (int, float)):
+        return torch.full_like(running, saved)
+    return saved
 
 
 def _plain_number(value: Any) -> Any:
@@ -108,33 +174,37 @@ def _merge_values(param: Tensor, values: Any, where: str) -> dict[str, Any]:
     for name in ("step", "exp_avg", "exp_avg_sq"):
         if name not in values:
             raise ValueError(
-                f"load_state_dict: state of {where} has no {name!r}; the checkpoint is of another "
-                "kind of optimizer"
+                f"load_state_dict: state of {where} has no {name!r} (it has "
+                f"{', '.join(map(repr, values))}); the checkpoint is of another kind of optimizer"
             )
     return {name: _merge_value(param, name, value, where) for name, value in values.items()}
 
 
 def _merge_value(param: Tensor, name: str, value: Any, where: str) -> Any:
     if name == "step":
-        is_number = isinstance(value, (int, float)) or (
-            isinstance(value, Tensor) and value.numel() == 1
-        )
-        if not is_number or not 0 <= float(value) < math.inf:
-            raise ValueError(
-                f"load_state_dict: step of {where} must be a number, finite and >= 0, got {value!r}"
-            )
-        return torch.tensor(float(value), dtype=torch.float32, device="cpu")
+        return torch.tensor(read_step(value, where), dtype=torch.float32, device="cpu")
     if name not in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         return value.clone() if isinstance(value, Tensor) else value
-    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+    kind = "complex" if param.is_complex() else "floating-point"
+    if not isinstance(value, Tensor) or not (
+        value.is_complex() if param.is_complex() else value.is_floating_point()
+    ):
         got = value.dtype if isinstance(value, Tensor) else repr(value)
-        raise ValueError(
-            f"load_state_dict: {name} of {where} must be a floating-point tensor, got {got}"
-        )
+        raise ValueError(f"load_state_dict: {name} of {where} must be a {kind} tensor, got {got}")
     if value.shape != param.shape:
         raise ValueError(
             f"load_state_dict: {name} of {where} has shape {tuple(value.shape)} in the "
             f"checkpoint, the parameter {tuple(param.shape)}; the checkpoint is of another model, "
             "or its parameters are in another order"
+        )
+    if param.is_meta:
+        raise ValueError(
+            f"load_state_dict: {where} is on meta in the optimizer; give the model memory first "
+            "(to_empty), and the optimizer its parameters"
+        )
+    if value.is_meta or value.layout != torch.strided:
+        raise ValueError(
+            f"load_state_dict: {name} of {where} must be a dense tensor with values, got one of "
+            f"layout {value.layout} on {value.device}; load the checkpoint onto a real device"
         )
     return empty_dense_like(param, value.dtype).copy_(value)

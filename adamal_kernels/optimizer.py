@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,8 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from .checkpoint import merge_groups, merge_state, saved_group
+from .checkpoint import feed_back_maxima, merge_groups, merge_state, saved_group
+from .foreign_checkpoints import as_torch_adam
 from .hyperparameters import StepInputs
 from .options import check_capturable, check_max_grad_norm, check_options, read_options
 from .plan import Plan, check_parameter
@@ -199,15 +199,27 @@ class _AdamBase(Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimizer or of :class:`torch.optim.Adam`.
+        """Load a checkpoint of this optimizer, of :class:`torch.optim.Adam` or of a few others.
+
+        Those of apex, Transformer Engine and DeepSpeed FusedAdam, of optimi and of bitsandbytes
+        with 32-bit states are recognised by their layout
+        (:mod:`adamal_kernels.foreign_checkpoints`). In one saved with ``amsgrad=True`` the
+        monotone ``v`` of :class:`AdamAL` goes on from ``max_exp_avg_sq``, and ``amsgrad`` becomes
+        False.
 
         Unlike torch's, it casts nothing (a bfloat16 parameter's float32 moments stay float32) and
-        leaves the running optimizer's ``backend``, ``fused`` and ``foreach`` as they are. Tensors
-        are copied, onto their parameters' devices.
+        leaves the running optimizer's ``backend``, ``fused``, ``foreach``, ``capturable`` and
+        ``differentiable`` as they are, and whether ``lr`` and ``betas`` are numbers or Tensors.
+        Tensors are copied, onto their parameters' devices; ``step`` becomes a float32 scalar on
+        the CPU.
+
+        Warns:
+            UserWarning: a foreign checkpoint holds state that has no place here.
 
         Raises:
-            ValueError, TypeError: groups or shapes differ from the optimizer's, or an option in
-                the checkpoint is not for this optimizer; nothing has been changed then.
+            ValueError, TypeError: groups or shapes differ from the optimizer's, a key is missing
+                or holds what cannot be read, or an option in the checkpoint is not for this
+                optimizer; the message names it, and nothing has been changed then.
         """
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -216,18 +228,19 @@ class _AdamBase(Optimizer):
                 state_dict = replaced
         for name in ("state", "param_groups"):
             if name not in state_dict:
-                raise ValueError(f"load_state_dict: the checkpoint has no {name!r}")
-        saved_groups = state_dict["param_groups"]
+                raise ValueError(
+                    f"load_state_dict: the checkpoint has no {name!r}; it has "
+                    f"{', '.join(map(repr, state_dict)) or 'nothing'}"
+                )
+        saved_groups, saved_state = as_torch_adam(state_dict["param_groups"], state_dict["state"])
         groups = merge_groups(self.param_groups, saved_groups)
+        state = merge_state(groups, saved_groups, saved_state)
+        if self._monotone:
+            feed_back_maxima(groups, state)
         for group in groups:
             options = self._options(group)
             for i, param in enumerate(group["params"]):
                 check_parameter(param, options, f"load_state_dict: params[{i}]")
-        state = merge_state(
-            list(chain.from_iterable(group["params"] for group in groups)),
-            list(chain.from_iterable(group["params"] for group in saved_groups)),
-            state_dict["state"],
-        )
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -337,6 +350,7 @@ class AdamAL(_AdamBase):
         eps: added to the denominator, ``>= 0``. Default: 1e-8.
         weight_decay: ``>= 0``, added to the gradient as ``weight_decay * p``. Default: 0.
         amsgrad: must be False: the second moment is already monotone, without a third buffer.
+            (Checkpoints with ``amsgrad=True`` are taken: ``v`` goes on from their maximum.)
         foreach: True means ``backend="foreach"``. Default: None.
         maximize: ascend instead of descend. Default: False.
         capturable: keep step counts on the parameters' device and derive the step's scalars

@@ -298,6 +298,11 @@ def _check_entry(
         raise RuntimeError(
             f"{where} was made in inference mode and cannot be changed; clone() it outside"
         )
+    if param.is_meta:
+        raise RuntimeError(
+            f"{where} is on meta and holds no values; give the model memory (to_empty, then load "
+            "or initialise it) and the optimizer its parameters"
+        )
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"the gradient of {where} is sparse ({grad.layout}), which is not supported; use "
@@ -427,12 +432,9 @@ def _check_state(entry: _Entry, held: Mapping[str, Any]) -> None:
                 f"state of {where} has no {key!r}; clear the parameter's state to start it anew"
             )
     step = held["step"]
-    if (
-        not isinstance(step, Tensor)
-        or step.numel() != 1
-        # A count on the device is not read: that would be to wait for it.
-        or (step.device.type == "cpu" and not 0 <= step.item() < math.inf)
-    ):
+    is_one_number = isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta
+    # A count on the device is not read: that would be to wait for it.
+    if not is_one_number or (step.device.type == "cpu" and not 0 <= step.item() < math.inf):
         raise ValueError(
             f"state['step'] of {where} must be a tensor of one element, a number finite and >= 0, "
             f"got {step!r}"
@@ -456,6 +458,16 @@ def _check_state(entry: _Entry, held: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"state[{key!r}] of {where} must have the parameter's shape "
                 f"{tuple(entry.param.shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor.device != held["exp_avg"].device:
+            raise ValueError(
+                f"state[{key!r}] of {where} is on {tensor.device}, state['exp_avg'] on "
+                f"{held['exp_avg'].device}; move both to {entry.param.device}, with the parameter"
+            )
+        if tensor.is_meta:
+            raise ValueError(
+                f"state[{key!r}] of {where} is on meta and holds no values; clear the parameter's "
+                "state to start it anew"
             )
         same_kind = tensor.is_complex() == expected.is_complex
         if not same_kind or not (tensor.is_complex() or tensor.is_floating_point()):

@@ -72,6 +72,8 @@ def _snapshot(optimizer: Optimizer) -> tuple[list[dict[str, Any]], dict[str, tor
         for i, param in enumerate(group["params"]):
             held = {"param": param.detach(), **optimizer.state.get(param, {})}
             for name, value in held.items():
-                if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+                if not isinstance(value, torch.Tensor) or value.is_meta:
+                    continue
+                if value.layout == torch.strided:
                     values[f"{g}.{i}.{name}"] = value.detach().clone()
     return groups, values

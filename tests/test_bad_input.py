@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from adamal_kernels import Adam, AdamAL, AdamALW, Box, NonNegative
 from adamal_kernels.backends import BACKENDS, check_request, pick
 from adamal_kernels.bucket import BucketKey, SecondMoment
-from adamal_kernels.dtypes import DtypePair
+from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
 
 BIG = 10**400  # a number, and beyond every float
 
@@ -417,6 +417,57 @@ def test_replaced_state(place: Place, kind: str) -> None:
     state[name] = change(state[name])
     with refused(optimizer, ValueError, name, "params[1] of group 1", *words):
         optimizer.step()
+
+
+def _on_meta(*names: str) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state.update({name: state[name].to("meta") for name in names})
+
+
+ON_META = {
+    "the first moment": (["exp_avg"], ["state['exp_avg']", "on meta and holds no values"]),
+    "the second moment": (["exp_avg_sq"], ["'exp_avg_sq'", "on meta, state['exp_avg'] on", "move"]),
+    "both moments": (
+        ["exp_avg", "exp_avg_sq"],
+        ["state['exp_avg']", "on meta and holds no values"],
+    ),
+    "the step": (["step"], ["'step'", "one element", "meta"]),
+}
+
+
+@pytest.mark.parametrize("kind", ON_META)
+def test_state_on_other_devices(place: Place, kind: str) -> None:
+    """Some of a parameter's state on another device, and state on a device without values."""
+    names, words = ON_META[kind]
+    optimizer, params = started(place)
+    _on_meta(*names)(optimizer.state[params[2]])
+    with refused(optimizer, ValueError, "params[1] of group 1", *words):
+        optimizer.step()
+
+
+def test_maximum_on_another_device(place: Place) -> None:
+    param = nn.Parameter(torch.ones(2, device=place.device))
+    place.skip_unless_supported(DTYPE_PAIRS[0], SecondMoment.AMSGRAD)
+    optimizer = Adam([param], amsgrad=True, backend=place.backend)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    _on_meta("max_exp_avg_sq")(optimizer.state[param])
+    with refused(optimizer, ValueError, "'max_exp_avg_sq'", "is on meta", "move both"):
+        optimizer.step()
+
+
+def test_parameters_on_meta() -> None:
+    """They may be given memory later (swap_tensors), but cannot be stepped."""
+    real, meta = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))
+    optimizer = AdamAL([real, meta], lr=0.1)
+    real.grad = torch.ones(2)
+    optimizer.step()
+    meta.grad = torch.ones(2, device="meta")
+    with refused(optimizer, RuntimeError, "params[1] of group 0", "on meta", "to_empty"):
+        optimizer.step()
+    torch.utils.swap_tensors(meta, nn.Parameter(torch.ones(2)))
+    meta.grad = torch.ones(2)
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in (real, meta)] == [2, 1]
 
 
 @pytest.mark.parametrize("edit", [math.nan, math.inf, -1.0])

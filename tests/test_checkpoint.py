@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from adamal_kernels import Adam, AdamAL, AdamW, Box, NonNegative
+from adamal_kernels import Adam, AdamAL, AdamALW, AdamW, Box, NonNegative
 from adamal_kernels.bucket import SecondMoment
+from adamal_kernels.checkpoint import merge_groups
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
 from adamal_kernels.verify import different_values, same_bits
 
@@ -127,6 +128,28 @@ def test_every_bit_returns(place: Place, second_moment: SecondMoment, dtypes: Dt
     assert different_values(values_of(resumed), values_of(optimizer)) == []
 
 
+@pytest.mark.parametrize("dtypes", [DTYPE_PAIRS[0], DtypePair(torch.bfloat16, torch.bfloat16)])
+def test_travels_between_backends_and_devices(place: Place, dtypes: DtypePair) -> None:
+    """A run that is moved twice ends at the bits of one that stayed."""
+    place.skip_unless_supported(dtypes)
+    stayed = new_params(dtypes, place.device)
+    optimizer = AdamAL(stayed, lr=0.05, backend=place.backend)
+    train(optimizer, range(9))
+
+    state: dict[str, Any] | None = None
+    params: list[Tensor] = new_params(dtypes)
+    there, elsewhere = place, Place(torch.device("cpu"), "reference")
+    for leg, (device, backend) in enumerate((there, elsewhere, there)):
+        params = [param.detach().to(device).requires_grad_() for param in params]
+        moved = AdamAL(params, lr=0.05, backend=backend)
+        if state is not None:
+            moved.load_state_dict(state)
+        train(moved, range(3 * leg, 3 * leg + 3))
+        assert moved.backends_used == (backend,)
+        state = through_file(moved.state_dict())
+    assert different_values(values_of(moved), values_of(optimizer)) == []
+
+
 def test_complex_state_returns() -> None:
     param = torch.randn(4, dtype=torch.complex64).requires_grad_()
     optimizer = AdamAL([param], **FOREACH)
@@ -213,6 +236,111 @@ def test_travels_from_torch_and_back(
         torch.testing.assert_close(dict(optimizer.state[our]), dict(back.state[their]))
 
 
+@pytest.mark.parametrize("kind", TORCH_KINDS)
+@pytest.mark.parametrize("cls", [AdamAL, AdamALW])
+def test_v_goes_on_from_the_maximum_of_amsgrad(place: Place, cls: type, kind: str) -> None:
+    """In two buffers, from whichever kind of torch's Adam; and back, as one without amsgrad."""
+    torch_params = new_params(device=place.device)
+    torchs = torch.optim.Adam(torch_params, lr=0.03, amsgrad=True, **TORCH_KINDS[kind])
+    train(torchs, range(3))
+    # So that the maximum and the average differ.
+    for values in torchs.state.values():
+        values["exp_avg_sq"].mul_(0.5)
+    saved = through_file(torchs.state_dict())
+
+    params = new_params(device=place.device)
+    copy_params(torch_params, params)
+    optimizer = cls(params, backend=place.backend)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["amsgrad"] is False
+    for ours, theirs in zip(params, torch_params, strict=True):
+        found, held = optimizer.state[ours], torchs.state[theirs]
+        assert list(found) == ["step", "exp_avg", "exp_avg_sq"]
+        assert same_bits(found["exp_avg_sq"], held["max_exp_avg_sq"])
+        assert same_bits(found["exp_avg"], held["exp_avg"])
+    maxima = [torchs.state[p]["max_exp_avg_sq"].clone() for p in torch_params]
+    train(optimizer, range(3, 6))
+    for param, maximum in zip(params, maxima, strict=True):
+        assert (optimizer.state[param]["exp_avg_sq"] >= maximum).all()
+
+    back = torch.optim.Adam(torch_params, amsgrad=True)
+    back.load_state_dict(through_file(optimizer.state_dict()))
+    assert back.param_groups[0]["amsgrad"] is False
+    train(back, range(6, 8))
+
+
+def test_amsgrad_of_some_groups_and_a_maximum_that_is_not_there() -> None:
+    params = new_params()
+    groups = [{"params": params[:2], "amsgrad": True}, {"params": params[2:]}]
+    source = Adam(groups, **FOREACH)
+    train(source, range(2))
+    # Switched on after the last step, and switched off.
+    del source.state[params[0]]["max_exp_avg_sq"]
+    source.state[params[2]]["max_exp_avg_sq"] = torch.full_like(params[2], 9.0)
+    optimizer = AdamAL([{"params": params[:2]}, {"params": params[2:]}], **FOREACH)
+    optimizer.load_state_dict(source.state_dict())
+    for param, name in zip(params, ("exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq"), strict=False):
+        assert same_bits(optimizer.state[param]["exp_avg_sq"], source.state[param][name])
+        assert "max_exp_avg_sq" not in optimizer.state[param]
+    assert [group["amsgrad"] for group in optimizer.param_groups] == [False, False]
+
+
+def _as_capturable(saved: dict[str, Any], device: torch.device) -> None:
+    """What torch.optim.Adam(capturable=True) leaves, which needs an accelerator to run."""
+    for group in saved["param_groups"]:
+        group.update(capturable=True, lr=torch.tensor(0.03, dtype=torch.float64, device=device))
+        group["initial_lr"] = group["lr"].clone()
+        group["betas"] = tuple(torch.tensor(b, dtype=torch.float64) for b in group["betas"])
+    for values in saved["state"].values():
+        values["step"] = values["step"].to(device)
+
+
+def _as_fused(saved: dict[str, Any], device: torch.device) -> None:
+    for group in saved["param_groups"]:
+        group.update(fused=True, lr=torch.tensor([0.03], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("change", [_as_capturable, _as_fused])
+def test_a_tensor_lr_is_loaded_as_the_number_it_holds(
+    place: Place, change: Callable[[dict[str, Any], torch.device], None]
+) -> None:
+    torch_params = new_params(device=place.device)
+    torchs = torch.optim.Adam(torch_params, lr=0.03, foreach=False)
+    train(torchs, range(3))
+    saved = copy.deepcopy(torchs.state_dict())
+    change(saved, place.device)
+
+    params = new_params(device=place.device)
+    copy_params(torch_params, params)
+    optimizer = Adam(params, lr=1.0, backend=place.backend)
+    optimizer.load_state_dict(through_file(saved))
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["fused"]) == (0.03, (0.9, 0.999), None)
+    assert group["capturable"] is False
+    assert group.get("initial_lr", 0.03) == 0.03
+    assert {type(value) for value in (group["lr"], *group["betas"])} == {float}
+    assert optimizer.state[params[1]]["step"].device.type == "cpu"
+    train(optimizer, range(3, 6))
+    train(torchs, range(3, 6))
+    torch.testing.assert_close(params, torch_params)
+
+
+@pytest.mark.parametrize("saved_lr", [0.03, torch.tensor(0.03, dtype=torch.float64)], ids=repr)
+def test_a_running_tensor_stays_one_of_its_type(saved_lr: Any) -> None:
+    """And is not the checkpoint's tensor."""
+    running = Adam(new_params(), **FOREACH).param_groups
+    running[0].update(lr=torch.tensor(0.5, dtype=torch.float64), betas=(torch.tensor(0.8), 0.9))
+    saved = Adam(new_params(), **FOREACH).state_dict()["param_groups"]
+    saved[0].update(lr=saved_lr, betas=(0.5, torch.tensor(0.75)))
+    group = merge_groups(running, saved)[0]
+    assert same_bits(group["lr"], torch.tensor(0.03, dtype=torch.float64))
+    assert group["lr"] is not saved_lr
+    assert same_bits(group["betas"][0], torch.tensor(0.5))
+    assert group["betas"][1] == 0.75
+    assert type(group["betas"][1]) is float
+    assert running[0]["lr"] == 0.5
+
+
 @pytest.mark.parametrize("step", [7, 7.0, torch.tensor(7), torch.tensor([7.0])], ids=repr)
 def test_old_forms_of_step(place: Place, step: Any) -> None:
     """torch has kept it as a number, and as a tensor of one element."""
@@ -247,9 +375,17 @@ def test_how_to_compute_is_not_overwritten() -> None:
         assert optimizer.param_groups[0]["lr"] == 0.5
         assert {k: optimizer.param_groups[0][k] for k in options} == options
     torchs = torch.optim.Adam(new_params(), fused=True).state_dict()
+    torchs["param_groups"][0].update(capturable=True, differentiable=True)
     optimizer = Adam(new_params(), foreach=True)
     optimizer.load_state_dict(torchs)
-    assert optimizer.param_groups[0]["fused"] is None
+    chosen = ("backend", "fused", "foreach", "capturable", "differentiable")
+    assert [optimizer.param_groups[0][name] for name in chosen] == [
+        "auto",
+        None,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_options_that_torch_lacks_stay() -> None:
@@ -364,10 +500,69 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], None], type[Exception], list
         ValueError,
         ["step of parameter 1", "inf"],
     ),
+    "lr of several numbers": (
+        _group(lr=torch.ones(2)),
+        ValueError,
+        ["lr of group 0", "one number"],
+    ),
+    "beta on meta": (
+        _group(betas=(0.9, torch.tensor(0.9, device="meta"))),
+        ValueError,
+        ["betas of group 0", "one number", "meta"],
+    ),
+    "three betas": (_group(betas=(0.9, 0.9, 0.9)), TypeError, ["betas", "(0.9, 0.9, 0.9)"]),
+    "a key of a group missing": (
+        lambda saved: saved["param_groups"][1].pop("params"),
+        ValueError,
+        ["group 1", "no 'params'"],
+    ),
+    "state of SGD": (
+        lambda saved: saved["state"].update({1: {"momentum_buffer": torch.zeros(5)}}),
+        ValueError,
+        ["parameter 1", "no 'step'", "it has 'momentum_buffer'", "another kind"],
+    ),
+    "a state that is none": (
+        lambda saved: saved["state"].update({1: 5}),
+        ValueError,
+        ["parameter 1", "a dict", "5"],
+    ),
+    "a whole checkpoint": (
+        lambda saved: saved.update(optimizer=saved.pop("state")),
+        ValueError,
+        ["no 'state'", "it has 'param_groups', 'optimizer'"],
+    ),
+    "a moment missing": (
+        lambda saved: saved["state"][1].pop("exp_avg"),
+        ValueError,
+        ["parameter 1", "no 'exp_avg'", "'step', 'exp_avg_sq'"],
+    ),
+    "a moment of complex type": (
+        _state("exp_avg", torch.zeros(5, dtype=torch.complex64)),
+        ValueError,
+        ["exp_avg of parameter 1", "torch.complex64", "floating-point"],
+    ),
+    "a sparse moment": (
+        _state("exp_avg", torch.zeros(5).to_sparse()),
+        ValueError,
+        ["exp_avg of parameter 1", "torch.sparse_coo", "dense"],
+    ),
+    "a moment on meta": (
+        _state("exp_avg_sq", torch.zeros(5, device="meta")),
+        ValueError,
+        ["exp_avg_sq of parameter 1", "meta", "real device"],
+    ),
+    "a step on meta": (
+        _state("step", torch.zeros((), device="meta")),
+        ValueError,
+        ["step of parameter 1", "meta"],
+    ),
+    "a maximum of another shape": (
+        lambda saved: (_group(amsgrad=True)(saved), _state("max_exp_avg_sq", torch.ones(3))(saved)),
+        ValueError,
+        ["max_exp_avg_sq of parameter 1", "(3,)", "(5,)"],
+    ),
     "lr out of range": (_group(lr=-1.0), ValueError, ["lr=-1.0", "lr >= 0"]),
-    "lr a tensor of two": (_group(lr=torch.tensor([0.1, 0.1])), ValueError, ["1-element"]),
     "betas out of range": (_group(betas=(0.9, 1.0)), ValueError, ["betas[1]=1.0", "beta < 1"]),
-    "amsgrad": (_group(amsgrad=True), ValueError, ["amsgrad=True", "AdamAL", "leave it False"]),
     "an unknown set": (
         _group(projection={"set": "Ball"}),
         ValueError,
@@ -393,6 +588,40 @@ def test_refused_and_untouched(what: str) -> None:
     with refused(optimizer, error, *words):
         optimizer.load_state_dict(saved)
     train(optimizer, range(4, 5))
+
+
+def test_a_refusal_names_the_parameter() -> None:
+    """Where the optimizer was given names."""
+    model = nn.Linear(2, 2)
+    optimizer = AdamAL(model.named_parameters(), **FOREACH)
+    train(optimizer, range(2))
+    saved = AdamAL(nn.Linear(2, 3).parameters(), **FOREACH)
+    train(saved, range(1))
+    words = ("exp_avg of parameter 0 (weight)", "(3, 2)", "(2, 2)", "another model")
+    with refused(optimizer, ValueError, *words):
+        optimizer.load_state_dict(saved.state_dict())
+
+
+def test_a_parameter_on_meta_is_refused() -> None:
+    """Copying to it does nothing, in silence."""
+    params = new_params()
+    source = AdamAL(params, **FOREACH)
+    train(source, range(2))
+    optimizer = AdamAL([param.detach().to("meta").requires_grad_() for param in params])
+    with pytest.raises(ValueError, match=r"parameter 0 is on meta in the optimizer.*to_empty"):
+        optimizer.load_state_dict(source.state_dict())
+    assert len(optimizer.state) == 0
+
+
+def test_a_real_moment_of_a_complex_parameter_is_refused() -> None:
+    param = torch.ones(2, dtype=torch.complex64).requires_grad_()
+    optimizer = AdamAL([param], **FOREACH)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["exp_avg_sq"] = torch.ones(2)
+    with refused(optimizer, ValueError, "exp_avg_sq of parameter 0", "complex", "torch.float32"):
+        optimizer.load_state_dict(saved)
 
 
 def test_moments_of_no_float_type_are_refused_and_untouched() -> None:

@@ -261,6 +261,30 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
         ),
         "test_checkpoint.py::test_how_to_compute_is_not_overwritten",
     ),
+    "v goes on from AMSGrad's average": (
+        Fault(
+            "adamal_kernels/checkpoint.py",
+            'if group["amsgrad"] is True and maximum is not None:',
+            "if False:",
+        ),
+        "test_checkpoint.py::test_v_goes_on_from_the_maximum_of_amsgrad",
+    ),
+    "optimi's bias correction stays in its moments": (
+        Fault(
+            "adamal_kernels/foreign_checkpoints.py",
+            "moment.double() * (1.0 - beta_power(float(beta), count))",
+            "moment.double()",
+        ),
+        "test_foreign_checkpoints.py::test_optimis_moments_lose_their_bias_correction",
+    ),
+    "DeepSpeed's count is that of its first parameter": (
+        Fault(
+            "adamal_kernels/foreign_checkpoints.py",
+            'group["step"] = max(counts, key=',
+            'group["step"] = min(counts, key=',
+        ),
+        "test_foreign_checkpoints.py::test_what_is_loaded_equals_torchs_own_to_the_bit",
+    ),
     "the closure runs without gradients": (
         Fault("adamal_kernels/optimizer.py", "with torch.enable_grad():", "with torch.no_grad():"),
         "test_optimizer.py::test_closure_is_called_once_with_gradients_enabled",
