@@ -37,7 +37,13 @@ except Exception as error:  # Absent, or there and broken: the pure-Python part 
 PACKAGE = "adamal_kernels"
 HEADERS = sorted(map(str, Path("csrc").glob("*.h")))
 SOURCES = {
-    "_C": ["csrc/bindings.cpp", "csrc/plan.cpp", "csrc/steady_state.cpp", "csrc/step_cpu.cpp"],
+    "_C": [
+        "csrc/bindings.cpp",
+        "csrc/plan.cpp",
+        "csrc/plan_triton.cpp",
+        "csrc/steady_state.cpp",
+        "csrc/step_cpu.cpp",
+    ],
     "_cuda": ["csrc/bindings_cuda.cpp", "csrc/step_cuda.cu"],
 }
 # What each backend consists of: the steps on CUDA are planned by _C.

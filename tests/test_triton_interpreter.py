@@ -27,6 +27,7 @@ def types_id(dtypes: DtypePair) -> str:
 
 
 every_pair = pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=types_id)
+every_plan = pytest.mark.parametrize("plan", checks.BACKENDS)
 every_moment = pytest.mark.parametrize("second_moment", SecondMoment, ids=lambda m: m.name.lower())
 
 Run = Callable[..., None]
@@ -89,21 +90,27 @@ def test_beyond_2_to_the_31(interpreted: Run, dtypes: DtypePair) -> None:
     interpreted(checks.check_far_block, dtypes)
 
 
+@every_plan
 @every_pair
-def test_work_is_complete_and_alignment_true(interpreted: Run, dtypes: DtypePair) -> None:
-    interpreted(checks.check_launches, dtypes)
+def test_work_is_complete_and_alignment_true(
+    interpreted: Run, dtypes: DtypePair, plan: str
+) -> None:
+    interpreted(checks.check_launches, plan, dtypes)
 
 
-def test_nothing_to_do_launches_nothing(interpreted: Run) -> None:
-    interpreted(checks.check_no_work, FLOAT32)
+@every_plan
+def test_nothing_to_do_launches_nothing(interpreted: Run, plan: str) -> None:
+    interpreted(checks.check_no_work, plan, FLOAT32)
 
 
-def test_tables_follow_the_tensors(interpreted: Run) -> None:
-    interpreted(checks.check_tables, FLOAT32)
+@every_plan
+def test_tables_follow_the_tensors(interpreted: Run, plan: str) -> None:
+    interpreted(checks.check_tables, plan, FLOAT32)
 
 
-def test_scalars_are_rounded_once(interpreted: Run) -> None:
-    interpreted(checks.check_scalars_are_rounded_once)
+@every_plan
+def test_scalars_are_rounded_once(interpreted: Run, plan: str) -> None:
+    interpreted(checks.check_scalars_are_rounded_once, plan)
 
 
 def test_available_in_the_interpreter(interpreted: Run) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,14 +18,15 @@ import torch
 from torch import Tensor
 
 from adamal_kernels.backends.reference import ReferenceBackend
-from adamal_kernels.backends.triton import TensorEntry, TritonBackend
+from adamal_kernels.backends.triton import TritonBackend
+from adamal_kernels.backends.triton_plan import TensorEntry
 from adamal_kernels.bucket import Bucket, BucketKey, SecondMoment
 from adamal_kernels.dtypes import DtypePair, compute_dtype
 from adamal_kernels.hyperparameters import derive_step_scalars
 from adamal_kernels.verify import same_bits
 
 CPU = torch.device("cpu")
-BLOCK = 2048
+BLOCK = 1024
 STREAMS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
 
 _OPTIONS: dict[str, Any] = {
@@ -250,30 +253,40 @@ class Launch(NamedTuple):
     table: int
 
 
-def step_and_record(bucket: Bucket) -> list[Launch]:
-    """Step ``bucket`` by Triton and return its launches."""
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Record the launches of plans that are made meanwhile."""
     from adamal_kernels.backends import triton_kernels
 
     kernel, launches = triton_kernels.step_kernel, []
 
     class Recorder:
-        def __getitem__(self, grid: tuple[int]) -> Any:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
             def launch(tensors: Tensor, items: Tensor, *args: Any, **kwargs: Any) -> None:
                 launches.append(Launch(kwargs["ALIGNED"], items.tolist(), tensors.data_ptr()))
-                assert grid == (len(items),)
+                assert grid == (len(items), 1, 1)
                 kernel[grid](tensors, items, *args, **kwargs)
 
             return launch
 
     triton_kernels.step_kernel = Recorder()
     try:
-        TritonBackend().step(bucket)
+        yield launches
     finally:
         triton_kernels.step_kernel = kernel
-    return launches
 
 
-def check_launches(dtypes: DtypePair) -> None:
+class PythonPlanned(TritonBackend):
+    """The backend as it is where the C++ extension was not built."""
+
+    has_native_plans = False
+
+
+BACKENDS = {"C++": TritonBackend, "Python": PythonPlanned}
+"""By what plans the steps."""
+
+
+def check_launches(plan: str, dtypes: DtypePair) -> None:
     """Check the work of each launch: all of it once, alignment promised only where it holds."""
     shapes = (
         Shape(40),
@@ -284,22 +297,25 @@ def check_launches(dtypes: DtypePair) -> None:
     )
     made = make_tensors(BucketKey(CPU, dtypes, SecondMoment.AMSGRAD), shapes)
     set_step(made, shapes, 1, ("default",), special=False)
-    found = {launch.aligned: launch.items for launch in step_and_record(made.bucket)}
-    assert found == {
+    with recorded() as launches:
+        BACKENDS[plan]().step(made.bucket)
+    assert {launch.aligned: launch.items for launch in launches} == {
         True: [[0, 0], [7, 0], [7, 1], [8, 0], [8, 1]],
         False: [[1, 0], [2, 0], [3, 0], [4, 0], [5, 0]],
     }
 
 
-def check_no_work(dtypes: DtypePair) -> None:
+def check_no_work(plan: str, dtypes: DtypePair) -> None:
     """Check that a bucket of empty tensors, or of none, launches nothing."""
     for shapes in ((), (Shape(0), Shape(0))):
         made = make_tensors(BucketKey(CPU, dtypes, SecondMoment.MONOTONE), shapes)
         set_step(made, shapes, 1, ("default",), special=False)
-        assert step_and_record(made.bucket) == []
+        with recorded() as launches:
+            BACKENDS[plan]().step(made.bucket)
+        assert launches == []
 
 
-def check_tables(dtypes: DtypePair) -> None:
+def check_tables(plan: str, dtypes: DtypePair) -> None:
     """Check that tables live as long as they are true: no longer, and no shorter."""
     shapes = (Shape(40), Shape(9))
     made = make_tensors(BucketKey(CPU, dtypes, SecondMoment.MONOTONE), shapes)
@@ -314,21 +330,23 @@ def check_tables(dtypes: DtypePair) -> None:
                 getattr(expected.bucket, name), getattr(made.bucket, name), strict=True
             ):
                 copy.resize_as_(tensor).copy_(tensor)
-        (launch,) = step_and_record(made.bucket)
+        BACKENDS[plan]().step(made.bucket)
         ReferenceBackend().step(expected.bucket)
         for found, wanted in zip(made.bucket.params, expected.bucket.params, strict=True):
             assert same_bits(found, wanted), f"step {number}"
-        tables.append(launch.table)
+        tables.append(launches[-1].table)
+        assert len(launches) == number, "one launch a step"
 
-    step(1)
-    step(2, ("box", "coupled decay"))
-    assert tables[1] == tables[0], "new gradients, rows and scalars are no reason to bind anew"
-    made.bucket.params[1] = made.place(torch.ones(9, dtype=dtypes.param), 0)
-    step(3)
-    assert tables[2] != tables[1], "a parameter moved"
+    with recorded() as launches:
+        step(1)
+        step(2, ("box", "coupled decay"))
+        assert tables[1] == tables[0], "new gradients, rows and scalars are no reason to bind anew"
+        made.bucket.params[1] = made.place(torch.ones(9, dtype=dtypes.param), 0)
+        step(3)
+        assert tables[2] != tables[1], "a parameter moved"
 
 
-def check_scalars_are_rounded_once() -> None:
+def check_scalars_are_rounded_once(plan: str) -> None:
     """Check that a float64 scalar reaches a float32 kernel rounded to nearest."""
     key = BucketKey(CPU, DtypePair(torch.float32, torch.float32), SecondMoment.PLAIN)
     made = make_tensors(key, (Shape(4),))
@@ -337,7 +355,7 @@ def check_scalars_are_rounded_once() -> None:
     idle = derive_step_scalars(step=1, **{**_OPTIONS, "lr": 0.0})
     made.bucket.scalars = [idle._replace(decay_factor=just_above_half)]
     made.bucket.params[0].fill_(1.0)
-    TritonBackend().step(made.bucket)
+    BACKENDS[plan]().step(made.bucket)
     assert made.bucket.params[0].tolist() == [1.0 + 2.0**-23] * 4
 
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from array import array
 from importlib import import_module
 from typing import Any
 
 import torch
 
-from ..bucket import Bucket, BucketKey
-from ..build_info import why_not_importable
+from ..bucket import BucketKey
 from ..dtypes import DTYPE_PAIRS
+from .planned import PlannedBackend, why_not_importable
 
 __all__ = ["CpuBackend", "CudaBackend", "NativeBackend"]
 
 
-# Asked for every parameter that is checked, and the same for as long as the process lives.
-_why_not_importable = functools.cache(why_not_importable)
-
-
-class NativeBackend:
-    """A backend whose plan (``csrc/plan.h``) binds the tensors' addresses and launches."""
+class NativeBackend(PlannedBackend):
+    """A backend whose kernels are in the extensions."""
 
     name: str
     device_types: tuple[str, ...]
@@ -30,33 +24,11 @@ class NativeBackend:
         """See :class:`adamal_kernels.backends.Backend`."""
         if device.type not in self.device_types:
             return f"it serves {self.device_types[0]} tensors, these are on {device}"
-        return _why_not_importable("_C")
+        return why_not_importable("_C")
 
     def unsupported(self, key: BucketKey) -> str | None:
         """See :class:`adamal_kernels.backends.Backend`."""
         return None if key.dtypes in DTYPE_PAIRS else f"{key.dtypes} is not in DTYPE_PAIRS"
-
-    def step(self, bucket: Bucket) -> None:
-        """See :class:`adamal_kernels.backends.Backend`."""
-        plan = bucket.workspace.get("plan")
-        if plan is None:
-            plan = bucket.workspace["plan"] = self.new_plan(bucket.key)
-        scalars = array("d")
-        for row in bucket.scalars:
-            scalars.extend(row)
-        plan.step(
-            bucket.params,
-            bucket.grads,
-            bucket.exp_avgs,
-            bucket.exp_avg_sqs,
-            bucket.max_exp_avg_sqs,
-            scalars,
-            bucket.rows,
-        )
-
-    def new_plan(self, key: BucketKey) -> Any:
-        """Return an empty plan for buckets of kind ``key``."""
-        raise NotImplementedError
 
 
 class CpuBackend(NativeBackend):
@@ -66,7 +38,7 @@ class CpuBackend(NativeBackend):
     device_types = ("cpu",)
 
     def new_plan(self, key: BucketKey) -> Any:
-        """See :meth:`NativeBackend.new_plan`."""
+        """See :meth:`PlannedBackend.new_plan`."""
         extension = import_module("adamal_kernels._C")
         return extension.cpu_plan(DTYPE_PAIRS.index(key.dtypes), int(key.second_moment))
 
@@ -79,7 +51,7 @@ class CudaBackend(NativeBackend):
 
     def unavailable(self, device: torch.device) -> str | None:
         """See :class:`adamal_kernels.backends.Backend`."""
-        if reason := super().unavailable(device) or _why_not_importable("_cuda"):
+        if reason := super().unavailable(device) or why_not_importable("_cuda"):
             return reason
         if torch.version.hip is not None:
             return "it is written for NVIDIA GPUs; on AMD GPUs use backend='triton'"
@@ -91,7 +63,7 @@ class CudaBackend(NativeBackend):
         return None
 
     def new_plan(self, key: BucketKey) -> Any:
-        """See :meth:`NativeBackend.new_plan`."""
+        """See :meth:`PlannedBackend.new_plan`."""
         extension = import_module("adamal_kernels._C")
         kernels = import_module("adamal_kernels._cuda")
         return extension.cuda_plan(
