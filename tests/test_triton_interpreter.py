@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,6 +110,44 @@ def test_nothing_to_do_launches_nothing(interpreted: Run, plan: str) -> None:
 @every_plan
 def test_tables_follow_the_tensors(interpreted: Run, plan: str) -> None:
     interpreted(checks.check_tables, plan, FLOAT32)
+
+
+@every_plan
+def test_each_stream_has_its_tables(interpreted: Run, plan: str) -> None:
+    interpreted(checks.check_streams, plan, FLOAT32)
+
+
+@every_plan
+@pytest.mark.parametrize("dtypes", [FLOAT32, DTYPE_PAIRS[1]], ids=types_id)
+def test_more_rows_than_before(interpreted: Run, dtypes: DtypePair, plan: str) -> None:
+    interpreted(checks.check_more_rows_than_before, plan, dtypes)
+
+
+@every_plan
+def test_failed_tables_are_handed_over_again(interpreted: Run, plan: str) -> None:
+    interpreted(checks.check_failed_tables_are_handed_over_again, plan, FLOAT32)
+
+
+def test_alignment_in_the_steady_state(interpreted: Run) -> None:
+    interpreted(checks.check_alignment_in_the_steady_state)
+
+
+def test_2000_groups_are_one_launch_and_no_python_work(interpreted: Run) -> None:
+    interpreted(checks.check_python_work, 2000)
+
+
+def test_steady_state() -> None:
+    """The tests of the steady state pass with Triton, too."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "test_steady_state.py"]
+    done = subprocess.run(
+        command,
+        cwd=here,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @every_plan
