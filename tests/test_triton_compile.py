@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_cuda_machine_code import loads_in_flight, parse_code
 
 from adamal_kernels.bucket import BucketKey, SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
@@ -179,22 +180,28 @@ def test_other_cuda_targets(
 @some_pairs
 @pytest.mark.parametrize("target", [SM80, SM90, SM100], ids=["sm_80", "sm_90", "sm_100"])
 def test_machine_code(target: GPUTarget, dtypes: DtypePair, tmp_path: Path) -> None:
-    """The assembler keeps the vectors, spills nothing and fuses no packed operations."""
+    """The assembler keeps the vectors and loads them before use, and takes few registers."""
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compile_step(dtypes, SecondMoment.MONOTONE, target).asm["cubin"])
-    sass = subprocess.run(
-        [triton.knobs.nvidia.cuobjdump.path, "-sass", cubin],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+
+    def disassembled(what: str) -> str:
+        command = [triton.knobs.nvidia.cuobjdump.path, what, cubin]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    code = parse_code(disassembled("-sass"))
+    opcodes = Counter(i.opcode for i in code)
     streams = stream_bytes(dtypes, SecondMoment.MONOTONE, target)
     loads = sum(map(accesses_of, streams.values()), Counter())
     stores = loads - accesses_of(streams["grad"])
-    for opcode, expected in (("LDG", loads), ("STG", stores)):
-        assert len(re.findall(rf"\b{opcode}\.E\.128\b", sass)) == expected[16]
-    # No lane meets another through shared memory, and nothing waits at a barrier for it.
-    assert not re.search(r"\b(LDL|STL|FFMA2|LDS|STS|BAR)\b", sass)
+    assert opcodes["LDG.E.128"] == loads[16] == loads_in_flight(code)
+    assert opcodes["STG.E.128"] == stores[16]
+    # Nothing is spilled, no lane meets another through shared memory and waits for it at a
+    # barrier, and no packed operations are fused.
+    kinds = {opcode.split(".")[0] for opcode in opcodes}
+    assert kinds.isdisjoint({"LDL", "STL", "LDS", "STS", "BAR", "FFMA2"})
+    # Of a multiprocessor's 65536, 64 a thread are four blocks of 256 threads, 128 are two.
+    registers = int(re.search(r"REG:(\d+)", disassembled("-res-usage"))[1])
+    assert registers <= (128 if dtypes.param == torch.float64 else 64)
 
 
 @every_moment
