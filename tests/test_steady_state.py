@@ -305,6 +305,20 @@ def test_amsgrad_is_switched_in_a_running_optimizer(
     pair.assert_equal()
 
 
+def step_in_inference_mode(optimizer: Any, params: list[torch.Tensor]) -> None:
+    with torch.inference_mode():
+        optimizer.step()
+
+
+@pytest.mark.parametrize("steps_before", [1, 2])
+def test_inference_mode_comes_and_goes(new_pair: Callable[..., Pair], steps_before: int) -> None:
+    pair = new_pair()
+    pair.step(steps_before)
+    pair.both(step_in_inference_mode)
+    pair.step(3)
+    pair.assert_equal()
+
+
 def test_settles_again_after_a_change(new_pair: Callable[..., Pair], checked: list[str]) -> None:
     pair = new_pair()
     pair.step(2)

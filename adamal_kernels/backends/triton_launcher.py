@@ -73,7 +73,8 @@ class Launcher:
             if stream != self._stream:
                 self._upload_tables(stream)
             if self._packed is None or len(packed) > len(self._packed):
-                self._reserve(len(packed))
+                with torch.inference_mode(False):  # a step outside of it could not write there
+                    self._reserve(len(packed))
             # The last step has read this before the copy is made: both are on this stream.
             self._packed[: len(packed)].copy_(packed, non_blocking=True)
             for launch in self._launches:
@@ -155,8 +156,7 @@ def prepare_launch(
         options: the compiler's options.
 
     Example:
-        >>> launch = prepare_launch(kernel, (8, 1, 1), (x, y), {"BLOCK": 1024}, {"num_warps": 8})
-        ...     # doctest: +SKIP
+        >>> launch = prepare_launch(kernel, (8, 1, 1), (x,), {"BLOCK": 1024}, {})  # doctest: +SKIP
         >>> launch(torch.cuda.current_stream().cuda_stream)  # doctest: +SKIP
     """
 
