@@ -41,6 +41,7 @@ SOURCES = {
         "csrc/bindings.cpp",
         "csrc/norm_cpu.cpp",
         "csrc/plan.cpp",
+        "csrc/plan_triton.cpp",
         "csrc/steady_groups.cpp",
         "csrc/steady_state.cpp",
         "csrc/step_cpu.cpp",

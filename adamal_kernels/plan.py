@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import FUSED, Backend, pick
-from .backends.native import NativeBackend
+from .backends.planned import PlannedBackend
 from .bucket import Bucket, BucketKey, DeviceScalars, SecondMoment
 from .dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
 from .gradient_norm import ordered_sum
@@ -51,7 +51,7 @@ class Plan:
     """Steps an optimizer's parameters: checks them, buckets them, hands them to backends.
 
     A step that finds everything as the last one left it is C++'s alone
-    (:mod:`adamal_kernels.steady_state`), where all backends in use are native ones.
+    (:mod:`adamal_kernels.steady_state`), where the plans of all backends in use are.
     """
 
     def __init__(self) -> None:
@@ -223,7 +223,7 @@ class Plan:
                 entry = by_param.get(param)
                 key = entry.key if entry else _key_without_grad(param, group_options, state[param])
                 backend = entry.backend if entry else _pick(key, group_options)
-                if not isinstance(backend, NativeBackend):
+                if not isinstance(backend, PlannedBackend) or not backend.has_native_plans:
                     return None
                 bounds = _bounds(group_options, key.dtypes.param)
                 bindings[param] = Binding(backend, key, bounds)

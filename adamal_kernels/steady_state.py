@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backends.native import NativeBackend, bound_options
+from .backends.planned import PlannedBackend, bound_options
 from .bucket import BucketKey
 from .options import GroupOptions
 from .projections import Projection
@@ -23,7 +23,7 @@ _IMMUTABLE = (float, int, bool, str, type(None), np.generic, Projection)
 class Binding(NamedTuple):
     """How one parameter with state is stepped."""
 
-    backend: NativeBackend
+    backend: PlannedBackend
     key: BucketKey
     bounds: tuple[float, float]
 

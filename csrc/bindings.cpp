@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "plan.h"
+#include "plan_triton.h"
 #include "steady_state.h"
 #include "tensor_checks.h"
 
@@ -191,6 +192,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(device)), cuda_api(api));
       },
       py::arg("pair"), py::arg("second_moment"), py::arg("device"), py::arg("api"));
+  m.def(
+      "triton_plan",
+      [](int pair, int second_moment, const c10::Device& device, int64_t block,
+         py::object launcher) -> std::shared_ptr<Plan> {
+        TORCH_CHECK(block > 0, "block must be positive, got ", block);
+        return std::make_shared<TritonPlan>(checked_pair(pair),
+                                            static_cast<SecondMoment>(second_moment), device, block,
+                                            std::move(launcher));
+      },
+      py::arg("pair"), py::arg("second_moment"), py::arg("device"), py::arg("block"),
+      py::arg("launcher"));
 
   py::class_<Membership>(m, "Membership")
       .def(py::init<size_t, size_t>(), py::arg("plan"), py::arg("options"));

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+import triton_interpreter
 from support import DEVICES, PLACES, Place
 
 try:
@@ -14,6 +17,10 @@ else:
     # A busy machine is no failure.
     settings.register_profile("suite", deadline=None)
     settings.load_profile("suite")
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    triton_interpreter.start()
 
 
 # Session scope, as hypothesis asks of fixtures that all examples of a test share.

@@ -126,11 +126,15 @@ def parse_name(name: str) -> tuple[DtypePair, SecondMoment]:
     return DtypePair(param, grad), SecondMoment(int(match["moment"]))
 
 
+def parse_code(body: str) -> list[Instruction]:
+    lines = map(SASS_LINE.match, body.splitlines())
+    return [Instruction(m[1] or "", m[2], m[3]) for m in lines if m]
+
+
 def parse_sass(text: str) -> Iterator[Kernel]:
     for part in text.split("Function : ")[1:]:
         name, body = part.split("\n", 1)
-        lines = map(SASS_LINE.match, body.splitlines())
-        yield Kernel(*parse_name(name), [Instruction(m[1] or "", m[2], m[3]) for m in lines if m])
+        yield Kernel(*parse_name(name), parse_code(body))
 
 
 @pytest.fixture(scope="session", params=ARCHS)
@@ -193,18 +197,24 @@ def test_vectors_are_moved_by_128_bit_accesses(build: Build) -> None:
         assert {i.opcode.split(".")[0] for i in kernel.code}.isdisjoint({"LD", "ST"})
 
 
+def loads_in_flight(code: list[Instruction]) -> int:
+    """Return how many 128-bit loads are issued, at most, before the first of them is used."""
+    longest = run = 0
+    pending: frozenset[int] = frozenset()
+    for instruction in code:
+        if instruction.opcode == "LDG.E.128":
+            run += 1
+            pending |= instruction.loaded
+            longest = max(longest, run)
+        elif instruction.branches or instruction.registers & pending:
+            run = 0
+            pending = frozenset()
+    return longest
+
+
 def test_loads_of_a_chunk_come_before_the_first_use(build: Build) -> None:
     for kernel in build.kernels:
-        longest = run = 0
-        pending: frozenset[int] = frozenset()
-        for instruction in kernel.code:
-            if instruction.opcode == "LDG.E.128":
-                run += 1
-                pending |= instruction.loaded
-                longest = max(longest, run)
-            elif instruction.branches or instruction.registers & pending:
-                run = 0
-                pending = frozenset()
+        longest = loads_in_flight(kernel.code)
         assert longest >= kernel.vectors * kernel.vector_loads, (kernel.dtypes, longest)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from support import PLACES, Place
 
 from adamal_kernels import Adam, AdamAL, Box
 from adamal_kernels import plan as plan_module
+from adamal_kernels.backends import FUSED
 from adamal_kernels.verify import different_values
 
 SHAPES = ((3,), (4, 5), (2, 3, 4, 5), (), (0,), (1000,))
@@ -19,9 +22,9 @@ SHAPES = ((3,), (4, 5), (2, 3, 4, 5), (), (0,), (1000,))
 class Pair:
     """Two optimizers over equal parameters: the one under test, and reference, never steady."""
 
-    def __init__(self, cls: type = AdamAL, **options: Any) -> None:
+    def __init__(self, place: Place, cls: type = AdamAL, **options: Any) -> None:
         torch.manual_seed(0)
-        start = [torch.randn(shape) for shape in SHAPES]
+        start = [torch.randn(shape).to(place.device) for shape in SHAPES]
         start[2] = start[2].contiguous(memory_format=torch.channels_last)
         self.params = [[p.clone().requires_grad_() for p in start] for _ in range(2)]
         self.optimizers = [
@@ -30,7 +33,7 @@ class Pair:
                 backend=backend,
                 **options,
             )
-            for params, backend in zip(self.params, ("cpu", "reference"), strict=True)
+            for params, backend in zip(self.params, (place.backend, "reference"), strict=True)
         ]
         self.taken = 0
 
@@ -56,14 +59,25 @@ class Pair:
         assert different_values(found, expected) == []
 
 
+@pytest.fixture(params=[p for p in PLACES if p.values[0].backend in FUSED])
+def place(request: pytest.FixtureRequest) -> Place:
+    """Every backend whose steps C++ repeats, wherever it can run."""
+    return request.param
+
+
 @pytest.fixture
-def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def new_pair(place: Place) -> Callable[..., Pair]:
+    return partial(Pair, place)
+
+
+@pytest.fixture
+def checked(place: Place, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The parameters that Python has checked, of the optimizer under test."""
     seen: list[str] = []
     check_entry = plan_module._check_entry
 
     def recording(param: torch.Tensor, options: Any, where: str, *more: Any) -> Any:
-        if options.backend == "cpu":
+        if options.backend == place.backend:
             seen.append(where)
         return check_entry(param, options, where, *more)
 
@@ -97,6 +111,12 @@ def move_gradients_only(optimizer: Any, params: list[torch.Tensor]) -> None:
         p.grad = p.grad.clone(memory_format=torch.preserve_format)
 
 
+def misalign_a_gradient(optimizer: Any, params: list[torch.Tensor]) -> None:
+    room = params[5].grad.new_zeros(1001)
+    params[5].grad = room[1:].copy_(params[5].grad)
+    optimizer.step()
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -108,12 +128,13 @@ def move_gradients_only(optimizer: Any, params: list[torch.Tensor]) -> None:
         with_gradients_missing,
         skip_all,
         move_gradients_only,
+        misalign_a_gradient,
     ],
 )
 def test_is_taken_over_without_python(
-    change: Callable[[Any, Any], None], checked: list[str]
+    new_pair: Callable[..., Pair], change: Callable[[Any, Any], None], checked: list[str]
 ) -> None:
-    pair = Pair(projection=Box(-0.5, 0.5))
+    pair = new_pair(projection=Box(-0.5, 0.5))
     pair.step(2)
     assert len(checked) == len(SHAPES), "the first step is checked, the second is not"
     pair.both(change)
@@ -166,7 +187,7 @@ def reorder_state(optimizer: Any, params: list[torch.Tensor]) -> None:
 
 
 def add_group(optimizer: Any, params: list[torch.Tensor]) -> None:
-    params.append(torch.ones(6, requires_grad=True))
+    params.append(torch.ones(6, device=params[0].device, requires_grad=True))
     optimizer.add_param_group({"params": params[-1], "lr": 0.2})
 
 
@@ -225,7 +246,7 @@ def gradient_of_other_strides(optimizer: Any, params: list[torch.Tensor]) -> Non
 
 
 def negated_view_as_gradient(optimizer: Any, params: list[torch.Tensor]) -> None:
-    z = torch.complex(torch.ones(1000), torch.arange(1000.0))
+    z = torch.complex(torch.ones(1000), torch.arange(1000.0)).to(params[5].device)
     params[5].grad = z.conj().imag
     assert params[5].grad.is_neg()
     optimizer.step()
@@ -263,8 +284,10 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_change_is_seen_on_the_next_step(change: Callable[[Any, Any], None]) -> None:
-    pair = Pair(weight_decay=0.1, projection=Box(-2, 2))
+def test_change_is_seen_on_the_next_step(
+    new_pair: Callable[..., Pair], change: Callable[[Any, Any], None]
+) -> None:
+    pair = new_pair(weight_decay=0.1, projection=Box(-2, 2))
     pair.step(3)
     pair.both(change)
     pair.step(4)
@@ -272,16 +295,32 @@ def test_change_is_seen_on_the_next_step(change: Callable[[Any, Any], None]) -> 
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_amsgrad_is_switched_in_a_running_optimizer(amsgrad: bool) -> None:
-    pair = Pair(Adam, amsgrad=amsgrad)
+def test_amsgrad_is_switched_in_a_running_optimizer(
+    new_pair: Callable[..., Pair], amsgrad: bool
+) -> None:
+    pair = new_pair(Adam, amsgrad=amsgrad)
     pair.step(3)
     pair.both(switch_amsgrad)
     pair.step(4)
     pair.assert_equal()
 
 
-def test_settles_again_after_a_change(checked: list[str]) -> None:
-    pair = Pair()
+def step_in_inference_mode(optimizer: Any, params: list[torch.Tensor]) -> None:
+    with torch.inference_mode():
+        optimizer.step()
+
+
+@pytest.mark.parametrize("steps_before", [1, 2])
+def test_inference_mode_comes_and_goes(new_pair: Callable[..., Pair], steps_before: int) -> None:
+    pair = new_pair()
+    pair.step(steps_before)
+    pair.both(step_in_inference_mode)
+    pair.step(3)
+    pair.assert_equal()
+
+
+def test_settles_again_after_a_change(new_pair: Callable[..., Pair], checked: list[str]) -> None:
+    pair = new_pair()
     pair.step(2)
     pair.both(replace_storage)
     pair.step()
@@ -290,8 +329,8 @@ def test_settles_again_after_a_change(checked: list[str]) -> None:
     assert checked == []
 
 
-def test_bad_option_is_refused_and_nothing_changes() -> None:
-    pair = Pair()
+def test_bad_option_is_refused_and_nothing_changes(new_pair: Callable[..., Pair]) -> None:
+    pair = new_pair()
     pair.step(2)
     optimizer, params = pair.optimizers[0], pair.params[0]
     before = [copy.deepcopy({"param": p.detach(), **optimizer.state[p]}) for p in params]
@@ -302,8 +341,10 @@ def test_bad_option_is_refused_and_nothing_changes() -> None:
     assert different_values([{"param": p, **optimizer.state[p]} for p in params], before) == []
 
 
-def test_overlapping_parameters_are_refused_when_they_come_to_overlap() -> None:
-    pair = Pair()
+def test_overlapping_parameters_are_refused_when_they_come_to_overlap(
+    new_pair: Callable[..., Pair],
+) -> None:
+    pair = new_pair()
     pair.step(2)
     first, last = pair.params[0][0], pair.params[0][5]
     first.data = last.data[:3]
@@ -311,12 +352,12 @@ def test_overlapping_parameters_are_refused_when_they_come_to_overlap() -> None:
         pair.optimizers[0].step()
 
 
-def test_many_groups_share_one_plan_and_equal_options_one_row() -> None:
-    params = [torch.ones(4, requires_grad=True) for _ in range(50)]
-    optimizer = AdamAL([{"params": [p]} for p in params], backend="cpu")
+def test_many_groups_share_one_plan_and_equal_options_one_row(place: Place) -> None:
+    params = [torch.ones(4, device=place.device, requires_grad=True) for _ in range(50)]
+    optimizer = AdamAL([{"params": [p]} for p in params], backend=place.backend)
     for _ in range(2):
         for p in params:
-            p.grad = torch.ones(4)
+            p.grad = torch.ones_like(p)
         optimizer.step()
     steady = optimizer._plan._steady_state
     assert (steady.plan_count, steady.row_count) == (1, 1)
@@ -326,8 +367,8 @@ def test_many_groups_share_one_plan_and_equal_options_one_row() -> None:
     assert (steady.plan_count, steady.row_count) == (1, 3)
 
 
-def test_a_step_tensor_is_a_view_of_one_pack() -> None:
-    pair = Pair()
+def test_a_step_tensor_is_a_view_of_one_pack(new_pair: Callable[..., Pair]) -> None:
+    pair = new_pair()
     pair.step(2)
     optimizer = pair.optimizers[0]
     storages = {optimizer.state[p]["step"].untyped_storage().data_ptr() for p in pair.params[0]}

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_cuda_machine_code import loads_in_flight, parse_code
 
 from adamal_kernels.bucket import BucketKey, SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
@@ -99,15 +100,25 @@ def stream_bytes(
     return {name: elements_per_thread(target) * dtype.itemsize for name, dtype in streams.items()}
 
 
+def accesses_of(size: int) -> Counter[int]:
+    """Return the accesses, by width in bytes, that ``size`` bytes of a stream take at best."""
+    width = min(size, 16)
+    return Counter({width: size // width})
+
+
 def check_accesses(
     ptx: str, dtypes: DtypePair, second_moment: SecondMoment, target: GPUTarget
 ) -> None:
-    """Check that whole blocks go in 128-bit accesses, and the monotone buffer where it grew."""
+    """Check that whole blocks go in wide accesses, and the monotone buffer where it grew.
+
+    Wide is all that a thread has of a stream, up to 128 bits; narrower ones are a last block's.
+    """
     accesses = re.findall(
-        r"^\s*(@!?%p\d+ )?(ld|st)\.global\.(?:\w+\.)*?(v\d\.[bf]\d+)", ptx, re.MULTILINE
+        r"^\s*(@!?%p\d+ )?(ld|st)\.global\.(?:\w+\.)*?v(\d)\.[bf](\d+)", ptx, re.MULTILINE
     )
-    assert {size for _, _, size in accesses} <= {"v4.b32", "v2.b64", "v4.f32", "v2.f64"}
-    found = Counter((bool(predicate), operation) for predicate, operation, _ in accesses)
+    found: dict[tuple[bool, str], Counter[int]] = defaultdict(Counter)
+    for predicate, operation, lanes, bits in accesses:
+        found[bool(predicate), operation][int(lanes) * int(bits) // 8] += 1
 
     streams = stream_bytes(dtypes, second_moment, target)
     monotone = {
@@ -116,10 +127,11 @@ def check_accesses(
         SecondMoment.AMSGRAD: "max_exp_avg_sq",
     }[second_moment]
     written = {name: size for name, size in streams.items() if name != "grad"}
-    predicated = written.pop(monotone) if monotone else 0
-    assert found[False, "ld"] == sum(streams.values()) // 16
-    assert found[False, "st"] == sum(written.values()) // 16
-    assert found[True, "st"] == predicated // 16
+    expected = {(False, "ld"): sum(map(accesses_of, streams.values()), Counter())}
+    if monotone:
+        expected[True, "st"] = accesses_of(written.pop(monotone))
+    expected[False, "st"] = sum(map(accesses_of, written.values()), Counter())
+    assert found == expected
 
 
 def check_arithmetic(ptx: str, dtypes: DtypePair, target: GPUTarget) -> None:
@@ -168,20 +180,28 @@ def test_other_cuda_targets(
 @some_pairs
 @pytest.mark.parametrize("target", [SM80, SM90, SM100], ids=["sm_80", "sm_90", "sm_100"])
 def test_machine_code(target: GPUTarget, dtypes: DtypePair, tmp_path: Path) -> None:
-    """The assembler keeps the vectors, spills nothing and fuses no packed operations."""
+    """The assembler keeps the vectors and loads them before use, and takes few registers."""
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compile_step(dtypes, SecondMoment.MONOTONE, target).asm["cubin"])
-    sass = subprocess.run(
-        [triton.knobs.nvidia.cuobjdump.path, "-sass", cubin],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+
+    def disassembled(what: str) -> str:
+        command = [triton.knobs.nvidia.cuobjdump.path, what, cubin]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    code = parse_code(disassembled("-sass"))
+    opcodes = Counter(i.opcode for i in code)
     streams = stream_bytes(dtypes, SecondMoment.MONOTONE, target)
-    assert len(re.findall(r"\bLDG\.E\.128\b", sass)) == sum(streams.values()) // 16
-    written = sum(streams.values()) - streams["grad"]
-    assert len(re.findall(r"\bSTG\.E\.128\b", sass)) == written // 16
-    assert not re.search(r"\b(LDL|STL|FFMA2)\b", sass)
+    loads = sum(map(accesses_of, streams.values()), Counter())
+    stores = loads - accesses_of(streams["grad"])
+    assert opcodes["LDG.E.128"] == loads[16] == loads_in_flight(code)
+    assert opcodes["STG.E.128"] == stores[16]
+    # Nothing is spilled, no lane meets another through shared memory and waits for it at a
+    # barrier, and no packed operations are fused.
+    kinds = {opcode.split(".")[0] for opcode in opcodes}
+    assert kinds.isdisjoint({"LDL", "STL", "LDS", "STS", "BAR", "FFMA2"})
+    # Of a multiprocessor's 65536, 64 a thread are four blocks of 256 threads, 128 are two.
+    registers = int(re.search(r"REG:(\d+)", disassembled("-res-usage"))[1])
+    assert registers <= (128 if dtypes.param == torch.float64 else 64)
 
 
 @every_moment

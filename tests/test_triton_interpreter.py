@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +31,7 @@ def types_id(dtypes: DtypePair) -> str:
 
 
 every_pair = pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=types_id)
+every_plan = pytest.mark.parametrize("plan", checks.BACKENDS)
 every_moment = pytest.mark.parametrize("second_moment", SecondMoment, ids=lambda m: m.name.lower())
 
 Run = Callable[..., None]
@@ -89,21 +94,65 @@ def test_beyond_2_to_the_31(interpreted: Run, dtypes: DtypePair) -> None:
     interpreted(checks.check_far_block, dtypes)
 
 
+@every_plan
 @every_pair
-def test_work_is_complete_and_alignment_true(interpreted: Run, dtypes: DtypePair) -> None:
-    interpreted(checks.check_launches, dtypes)
+def test_work_is_complete_and_alignment_true(
+    interpreted: Run, dtypes: DtypePair, plan: str
+) -> None:
+    interpreted(checks.check_launches, plan, dtypes)
 
 
-def test_nothing_to_do_launches_nothing(interpreted: Run) -> None:
-    interpreted(checks.check_no_work, FLOAT32)
+@every_plan
+def test_nothing_to_do_launches_nothing(interpreted: Run, plan: str) -> None:
+    interpreted(checks.check_no_work, plan, FLOAT32)
 
 
-def test_tables_follow_the_tensors(interpreted: Run) -> None:
-    interpreted(checks.check_tables, FLOAT32)
+@every_plan
+def test_tables_follow_the_tensors(interpreted: Run, plan: str) -> None:
+    interpreted(checks.check_tables, plan, FLOAT32)
 
 
-def test_scalars_are_rounded_once(interpreted: Run) -> None:
-    interpreted(checks.check_scalars_are_rounded_once)
+@every_plan
+def test_each_stream_has_its_tables(interpreted: Run, plan: str) -> None:
+    interpreted(checks.check_streams, plan, FLOAT32)
+
+
+@every_plan
+@pytest.mark.parametrize("dtypes", [FLOAT32, DTYPE_PAIRS[1]], ids=types_id)
+def test_more_rows_than_before(interpreted: Run, dtypes: DtypePair, plan: str) -> None:
+    interpreted(checks.check_more_rows_than_before, plan, dtypes)
+
+
+@every_plan
+def test_failed_tables_are_handed_over_again(interpreted: Run, plan: str) -> None:
+    interpreted(checks.check_failed_tables_are_handed_over_again, plan, FLOAT32)
+
+
+def test_alignment_in_the_steady_state(interpreted: Run) -> None:
+    interpreted(checks.check_alignment_in_the_steady_state)
+
+
+def test_2000_groups_are_one_launch_and_no_python_work(interpreted: Run) -> None:
+    interpreted(checks.check_python_work, 2000)
+
+
+def test_steady_state() -> None:
+    """The tests of the steady state pass with Triton, too."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "test_steady_state.py"]
+    done = subprocess.run(
+        command,
+        cwd=here,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@every_plan
+def test_scalars_are_rounded_once(interpreted: Run, plan: str) -> None:
+    interpreted(checks.check_scalars_are_rounded_once, plan)
 
 
 def test_available_in_the_interpreter(interpreted: Run) -> None:

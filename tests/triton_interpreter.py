@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,15 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adamal_kernels import AdamAL
 from adamal_kernels.backends.reference import ReferenceBackend
-from adamal_kernels.backends.triton import TensorEntry, TritonBackend
+from adamal_kernels.backends.triton import TritonBackend
+from adamal_kernels.backends.triton_plan import TensorEntry
 from adamal_kernels.bucket import Bucket, BucketKey, SecondMoment
 from adamal_kernels.dtypes import DtypePair, compute_dtype
 from adamal_kernels.hyperparameters import StepOptions, derive_step_scalars
 from adamal_kernels.verify import same_bits
 
 CPU = torch.device("cpu")
-BLOCK = 2048
+BLOCK = 1024
 STREAMS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
 
 _OPTIONS: dict[str, Any] = {
@@ -251,30 +256,40 @@ class Launch(NamedTuple):
     table: int
 
 
-def step_and_record(bucket: Bucket) -> list[Launch]:
-    """Step ``bucket`` by Triton and return its launches."""
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Record the launches of plans that are made meanwhile."""
     from adamal_kernels.backends import triton_kernels
 
     kernel, launches = triton_kernels.step_kernel, []
 
     class Recorder:
-        def __getitem__(self, grid: tuple[int]) -> Any:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
             def launch(tensors: Tensor, items: Tensor, *args: Any, **kwargs: Any) -> None:
                 launches.append(Launch(kwargs["ALIGNED"], items.tolist(), tensors.data_ptr()))
-                assert grid == (len(items),)
+                assert grid == (len(items), 1, 1)
                 kernel[grid](tensors, items, *args, **kwargs)
 
             return launch
 
     triton_kernels.step_kernel = Recorder()
     try:
-        TritonBackend().step(bucket)
+        yield launches
     finally:
         triton_kernels.step_kernel = kernel
-    return launches
 
 
-def check_launches(dtypes: DtypePair) -> None:
+class PythonPlanned(TritonBackend):
+    """The backend as it is where the C++ extension was not built."""
+
+    has_native_plans = False
+
+
+BACKENDS = {"C++": TritonBackend, "Python": PythonPlanned}
+"""By what plans the steps."""
+
+
+def check_launches(plan: str, dtypes: DtypePair) -> None:
     """Check the work of each launch: all of it once, alignment promised only where it holds."""
     shapes = (
         Shape(40),
@@ -285,22 +300,25 @@ def check_launches(dtypes: DtypePair) -> None:
     )
     made = make_tensors(BucketKey(CPU, dtypes, SecondMoment.AMSGRAD), shapes)
     set_step(made, shapes, 1, ("default",), special=False)
-    found = {launch.aligned: launch.items for launch in step_and_record(made.bucket)}
-    assert found == {
+    with recorded() as launches:
+        BACKENDS[plan]().step(made.bucket)
+    assert {launch.aligned: launch.items for launch in launches} == {
         True: [[0, 0], [7, 0], [7, 1], [8, 0], [8, 1]],
         False: [[1, 0], [2, 0], [3, 0], [4, 0], [5, 0]],
     }
 
 
-def check_no_work(dtypes: DtypePair) -> None:
+def check_no_work(plan: str, dtypes: DtypePair) -> None:
     """Check that a bucket of empty tensors, or of none, launches nothing."""
     for shapes in ((), (Shape(0), Shape(0))):
         made = make_tensors(BucketKey(CPU, dtypes, SecondMoment.MONOTONE), shapes)
         set_step(made, shapes, 1, ("default",), special=False)
-        assert step_and_record(made.bucket) == []
+        with recorded() as launches:
+            BACKENDS[plan]().step(made.bucket)
+        assert launches == []
 
 
-def check_tables(dtypes: DtypePair) -> None:
+def check_tables(plan: str, dtypes: DtypePair) -> None:
     """Check that tables live as long as they are true: no longer, and no shorter."""
     shapes = (Shape(40), Shape(9))
     made = make_tensors(BucketKey(CPU, dtypes, SecondMoment.MONOTONE), shapes)
@@ -315,21 +333,172 @@ def check_tables(dtypes: DtypePair) -> None:
                 getattr(expected.bucket, name), getattr(made.bucket, name), strict=True
             ):
                 copy.resize_as_(tensor).copy_(tensor)
-        (launch,) = step_and_record(made.bucket)
+        BACKENDS[plan]().step(made.bucket)
         ReferenceBackend().step(expected.bucket)
         for found, wanted in zip(made.bucket.params, expected.bucket.params, strict=True):
             assert same_bits(found, wanted), f"step {number}"
-        tables.append(launch.table)
+        tables.append(launches[-1].table)
+        assert len(launches) == number, "one launch a step"
 
-    step(1)
-    step(2, ("box", "coupled decay"))
-    assert tables[1] == tables[0], "new gradients, rows and scalars are no reason to bind anew"
-    made.bucket.params[1] = made.place(torch.ones(9, dtype=dtypes.param), 0)
-    step(3)
-    assert tables[2] != tables[1], "a parameter moved"
+    with recorded() as launches:
+        step(1)
+        step(2, ("box", "coupled decay"))
+        assert tables[1] == tables[0], "new gradients, rows and scalars are no reason to bind anew"
+        made.bucket.params[1] = made.place(torch.ones(9, dtype=dtypes.param), 0)
+        step(3)
+        assert tables[2] != tables[1], "a parameter moved"
 
 
-def check_scalars_are_rounded_once() -> None:
+def check_streams(plan: str, dtypes: DtypePair) -> None:
+    """Check that a step on another stream takes tables of its own, and stays right."""
+    from adamal_kernels.backends.triton_launcher import Launcher
+
+    shapes = (Shape(40), Shape(9, misaligned="params"))
+    ours, theirs = (
+        make_tensors(BucketKey(CPU, dtypes, SecondMoment.MONOTONE), shapes) for _ in range(2)
+    )
+    streams = iter((0, 0, 7, 7, 0))
+    uploads = []
+    current_stream, upload = Launcher._current_stream, Launcher._upload
+
+    def recording(self: Launcher, host: Tensor) -> Tensor:
+        uploads.append(host)
+        return upload(self, host).clone()
+
+    Launcher._current_stream = lambda self: next(streams)
+    Launcher._upload = recording
+    try:
+        counts = []
+        for step in range(1, 6):
+            for made, backend in ((ours, BACKENDS[plan]()), (theirs, ReferenceBackend())):
+                set_step(made, shapes, step, ("box",), special=False)
+                backend.step(made.bucket)
+            counts.append(len(uploads))
+    finally:
+        Launcher._current_stream, Launcher._upload = current_stream, upload
+    assert counts == [3, 3, 6, 6, 9], "entries and the items of two launches"
+    for found, expected in zip(ours.bucket.params, theirs.bucket.params, strict=True):
+        assert same_bits(found, expected)
+
+
+def check_more_rows_than_before(plan: str, dtypes: DtypePair) -> None:
+    """Check that scalars which have become more, or fewer, still reach their tensors."""
+    shapes = tuple(Shape(5 + i) for i in range(len(VARIANTS)))
+    ours, theirs = (
+        make_tensors(BucketKey(CPU, dtypes, SecondMoment.MONOTONE), shapes) for _ in range(2)
+    )
+    names = tuple(VARIANTS)
+    for step, count in enumerate((1, 2, 5, 3, len(names)), start=1):
+        for made, backend in ((ours, BACKENDS[plan]()), (theirs, ReferenceBackend())):
+            set_step(made, shapes, step, names[:count], special=False)
+            backend.step(made.bucket)
+        for found, expected in zip(ours.bucket.params, theirs.bucket.params, strict=True):
+            assert same_bits(found, expected), f"{count} rows"
+
+
+def check_failed_tables_are_handed_over_again(plan: str, dtypes: DtypePair) -> None:
+    """Check that a step after one that ran out of memory takes the tables that one could not."""
+    from adamal_kernels.backends.triton_launcher import Launcher
+
+    shapes = (Shape(40), Shape(9))
+    made, expected = (
+        make_tensors(BucketKey(CPU, dtypes, SecondMoment.MONOTONE), shapes) for _ in range(2)
+    )
+    for tensors in (made, expected):
+        set_step(tensors, shapes, 1, ("default",), special=False)
+    bind, upload, reserve = Launcher.bind, Launcher._upload, Launcher._reserve
+
+    def fail(*args: Any) -> None:
+        raise MemoryError("none left")
+
+    for name, original in (("bind", bind), ("_upload", upload), ("_reserve", reserve)):
+        setattr(Launcher, name, fail)
+        try:
+            BACKENDS[plan]().step(made.bucket)
+        except MemoryError:
+            pass
+        else:
+            raise AssertionError(f"a failure of {name} is passed on")
+        finally:
+            setattr(Launcher, name, original)
+    for tensors, backend in ((made, BACKENDS[plan]()), (expected, ReferenceBackend())):
+        backend.step(tensors.bucket)
+    for found, wanted in zip(made.bucket.params, expected.bucket.params, strict=True):
+        assert same_bits(found, wanted)
+
+
+def check_alignment_in_the_steady_state() -> None:
+    """Check that a gradient is stepped without the promise while it is misaligned."""
+    params = [torch.ones(numel, requires_grad=True) for numel in (40, 9, 2 * BLOCK)]
+    optimizer = AdamAL(params, backend="triton")
+
+    def step(*offsets: int | None) -> dict[bool, list[list[int]]]:
+        """Step with gradients so many elements off a boundary, None for no gradient."""
+        launches.clear()
+        for p, offset in zip(params, offsets, strict=True):
+            p.grad = None if offset is None else torch.ones(offset + p.numel())[offset:]
+        optimizer.step()
+        return {launch.aligned: launch.items for launch in launches}
+
+    everything = [[0, 0], [1, 0], [2, 0], [2, 1]]
+    with recorded() as launches:
+        step(0, 0, 0)
+        assert step(0, 4, 0) == {True: everything}
+        steady = optimizer._plan._steady_state
+        assert step(0, 1, 0) == {True: [[0, 0], [2, 0], [2, 1]], False: [[1, 0]]}
+        assert step(2, 2, 3) == {False: everything}
+        table, before = launches[-1].table, params[2].detach().clone()
+        assert step(1, 1, None) == {False: everything}
+        assert launches[-1].table == table, "a gradient that is gone is no reason to bind anew"
+        assert same_bits(params[2], before)
+        assert step(0, 0, 0) == {True: everything}
+        assert optimizer._plan._steady_state is steady is not None
+
+
+def check_python_work(groups: int) -> None:
+    """Check that a bucket is one launch a step, and the calls made as many as for one tensor."""
+    from adamal_kernels.backends import triton_kernels
+
+    kernel, grids = triton_kernels.step_kernel, []
+
+    class Counter:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+            return lambda *args, **kwargs: grids.append(grid)
+
+    def calls_of_a_step(count: int) -> list[str]:
+        params = [torch.ones(4, requires_grad=True) for _ in range(count)]
+        optimizer = AdamAL([{"params": [p], "lr": 0.1} for p in params], backend="triton")
+        calls: list[str] = []
+
+        def record(frame: Any, event: str, argument: Any) -> None:
+            if event == "call":
+                calls.append(frame.f_code.co_name)
+            elif event == "c_call":
+                calls.append(argument.__name__)
+
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.ones(4)
+            calls.clear()
+            grids.clear()
+            sys.setprofile(record)
+            try:
+                optimizer.step()
+            finally:
+                sys.setprofile(None)
+            assert grids == [(count, 1, 1)]
+        return calls
+
+    triton_kernels.step_kernel = Counter()
+    try:
+        many, one = calls_of_a_step(groups), calls_of_a_step(1)
+    finally:
+        triton_kernels.step_kernel = kernel
+    assert many == one
+    assert "launch" in one
+
+
+def check_scalars_are_rounded_once(plan: str) -> None:
     """Check that a float64 scalar reaches a float32 kernel rounded to nearest."""
     key = BucketKey(CPU, DtypePair(torch.float32, torch.float32), SecondMoment.PLAIN)
     made = make_tensors(key, (Shape(4),))
@@ -338,7 +507,7 @@ def check_scalars_are_rounded_once() -> None:
     idle = derive_step_scalars(1, StepOptions(**{**_OPTIONS, "lr": 0.0}))
     made.bucket.scalars = [idle._replace(decay_factor=just_above_half)]
     made.bucket.params[0].fill_(1.0)
-    TritonBackend().step(made.bucket)
+    BACKENDS[plan]().step(made.bucket)
     assert made.bucket.params[0].tolist() == [1.0 + 2.0**-23] * 4
 
 

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from ..bucket import Bucket, BucketKey
-from ..dtypes import DTYPE_PAIRS, compute_dtype
-from ..gradient_norm import squared_norm
-from ..hyperparameters import StepScalars
+from ..bucket import BucketKey
+from ..dtypes import DTYPE_PAIRS
+from .planned import PlannedBackend, why_not_importable
+from .triton_plan import PythonPlan
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from triton.backends.compiler import GPUTarget
-
-__all__ = ["TensorEntry", "TritonBackend"]
+__all__ = ["TritonBackend"]
 
 _OLDEST = (3, 6)
-_ALIGNMENT = 16
 
 
-class TritonBackend:
+class TritonBackend(PlannedBackend):
     """Triton kernels for NVIDIA and AMD GPUs; CPU tensors through Triton's interpreter."""
 
     name = "triton"
@@ -50,155 +45,28 @@ class TritonBackend:
             )
         return None
 
-    def squared_norm(self, bucket: Bucket) -> Tensor:
-        """See :class:`adamal_kernels.backends.Backend`."""
-        return squared_norm(bucket.grads, compute_dtype(bucket.key.dtypes.param))
+    @property
+    def has_native_plans(self) -> bool:
+        """See :class:`PlannedBackend`."""
+        return why_not_importable("_C") is None
 
-    def step(self, bucket: Bucket) -> None:
-        """See :class:`adamal_kernels.backends.Backend`."""
-        launcher = bucket.workspace.get("launcher")
-        if launcher is None:
-            launcher = bucket.workspace["launcher"] = _Launcher(bucket.key)
-        launcher.step(bucket)
+    def new_plan(self, key: BucketKey) -> Any:
+        """See :meth:`PlannedBackend.new_plan`."""
+        from .triton_launcher import Launcher  # imports Triton
 
-
-class TensorEntry(NamedTuple):
-    """A row of the kernel's ``tensors`` table: what rarely moves, as int64 words."""
-
-    param: int
-    exp_avg: int
-    exp_avg_sq: int
-    max_exp_avg_sq: int
-    numel: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Binding:
-    """The device tables that outlive a step, and all that they were made from."""
-
-    entries: list[TensorEntry]
-    aligned: list[bool]
-    stream: int
-    tensors: Tensor
-    launches: list[tuple[bool, Tensor]]
-    """``(aligned, items)`` of each launch: first the tensors aligned in every stream."""
-
-    def holds(self, entries: list[TensorEntry], aligned: list[bool], stream: int) -> bool:
-        # The stream counts because the allocator recycles memory in the order of the stream it
-        # was allocated on: tables are read on that one only, and may be dropped at any time.
-        return (self.stream, self.entries, self.aligned) == (stream, entries, aligned)
-
-
-class _Launcher:
-    """Launches the steps of one kind of bucket, and keeps its tables from step to step."""
-
-    def __init__(self, key: BucketKey) -> None:
-        self._key = key
-        self._kernels = _kernels()
-        self._target = None if key.device.type == "cpu" else _target(key.device)
-        self._binding: _Binding | None = None
-
-    def step(self, bucket: Bucket) -> None:
-        entries = _entries(bucket)
-        grads = [grad.data_ptr() for grad in bucket.grads]
-        aligned = [
-            (e.param | e.exp_avg | e.exp_avg_sq | e.max_exp_avg_sq | grad) % _ALIGNMENT == 0
-            for e, grad in zip(entries, grads, strict=True)
-        ]
-        # Triton launches on the current device's current stream.
-        with _current_device(self._key.device):
-            stream = _current_stream(self._key.device)
-            if self._binding is None or not self._binding.holds(entries, aligned, stream):
-                self._binding = self._bind(entries, aligned, stream)
-            if self._binding.launches:
-                inputs, scalars = self._upload_inputs(grads, bucket.rows, bucket.scalars)
-                for is_aligned, items in self._binding.launches:
-                    self._launch(is_aligned, items, self._binding.tensors, inputs, scalars)
-
-    def _bind(self, entries: list[TensorEntry], aligned: list[bool], stream: int) -> _Binding:
-        launches = []
-        for wanted in (True, False):
-            # Empty tensors have no address, and no work.
-            members = [
-                i for i, entry in enumerate(entries) if aligned[i] is wanted and entry.numel > 0
-            ]
-            if members:
-                items = _work_items(members, entries, self._kernels.BLOCK)
-                launches.append((wanted, self._upload(items)))
-        tensors = self._upload(torch.tensor(entries, dtype=torch.int64, device="cpu"))
-        return _Binding(entries, aligned, stream, tensors, launches)
-
-    def _upload_inputs(
-        self, grads: list[int], rows: list[int], scalars: list[StepScalars]
-    ) -> tuple[Tensor, Tensor]:
-        """Upload what moves in every step, in one copy: gradients, rows and scalars."""
-        dtype = compute_dtype(self._key.dtypes.param)
-        inputs = torch.tensor(list(zip(grads, rows, strict=True)), dtype=torch.int64, device="cpu")
-        table = torch.tensor(scalars, dtype=dtype, device="cpu")
-        split = inputs.nbytes
-        # Rows of `inputs` are 16 bytes, so `scalars` stays as aligned as Triton specialises for.
-        packed = torch.cat([inputs.view(-1).view(torch.uint8), table.view(-1).view(torch.uint8)])
-        packed = self._upload(packed)
-        return packed[:split].view(torch.int64), packed[split:].view(dtype)
-
-    def _upload(self, host: Tensor) -> Tensor:
-        if self._key.device.type == "cpu":
-            return host
-        # Pinned memory is fresh every time: torch recycles it only after its copy has run, which
-        # a buffer of our own, written again in the next step, would not wait for.
-        return host.pin_memory().to(self._key.device, non_blocking=True)
-
-    def _launch(
-        self, aligned: bool, items: Tensor, tensors: Tensor, inputs: Tensor, scalars: Tensor
-    ) -> None:
-        self._kernels.step_kernel[(items.shape[0],)](
-            tensors,
-            items,
-            inputs,
-            scalars,
-            **self._kernels.constants(self._key, self._target, aligned=aligned),
-            **self._kernels.launch_options(self._target),
+        launcher, block = Launcher(key), _kernels().BLOCK
+        if not self.has_native_plans:
+            return PythonPlan(key, block, launcher)
+        extension = import_module("adamal_kernels._C")
+        return extension.triton_plan(
+            DTYPE_PAIRS.index(key.dtypes), int(key.second_moment), key.device, block, launcher
         )
-
-
-def _entries(bucket: Bucket) -> list[TensorEntry]:
-    maxima = [t.data_ptr() for t in bucket.max_exp_avg_sqs] or [0] * len(bucket.params)
-    return [
-        TensorEntry(p.data_ptr(), m.data_ptr(), v.data_ptr(), v_max, p.numel())
-        for p, m, v, v_max in zip(
-            bucket.params, bucket.exp_avgs, bucket.exp_avg_sqs, maxima, strict=True
-        )
-    ]
-
-
-def _work_items(members: list[int], entries: list[TensorEntry], block: int) -> Tensor:
-    """Return int32 ``[item, 2]``: every block of the tensors numbered ``members``, in order."""
-    blocks = torch.tensor([-(-entries[i].numel // block) for i in members], device="cpu")
-    tensors = torch.tensor(members, device="cpu").repeat_interleave(blocks)
-    firsts = (blocks.cumsum(0) - blocks).repeat_interleave(blocks)
-    chunks = torch.arange(len(tensors), device="cpu") - firsts
-    return torch.stack([tensors, chunks], dim=1).to(torch.int32)
 
 
 def _kernels() -> ModuleType:
     from . import triton_kernels  # on first use: importing Triton takes a second
 
     return triton_kernels
-
-
-def _current_device(device: torch.device) -> AbstractContextManager[Any]:
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
-
-
-def _current_stream(device: torch.device) -> int:
-    return 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
-
-
-def _target(device: torch.device) -> GPUTarget:
-    from triton.runtime import driver
-
-    with torch.cuda.device(device):
-        return driver.active.get_current_target()
 
 
 @functools.cache
@@ -234,7 +102,7 @@ def _why_no_gpu(device: torch.device) -> str | None:
             "run where one is present, with a CUDA or ROCm build of torch"
         )
     try:
-        target = _target(device)
+        target = _kernels().target(device)
     # Triton builds its driver here: whatever goes wrong, the compiler's exit included, is why.
     except Exception as error:
         return (

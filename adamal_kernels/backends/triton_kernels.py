@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.language.extra import libdevice
+from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
 from ..bucket import BucketKey, SecondMoment
 from ..dtypes import compute_dtype
 from ..hyperparameters import StepScalars
-from .triton import TensorEntry
+from .triton_plan import TensorEntry
 
 __all__ = [
     "BLOCK",
@@ -26,10 +27,15 @@ __all__ = [
     "interpreted",
     "launch_options",
     "step_kernel",
+    "target",
 ]
 
-BLOCK = 2048
-"""Elements a work item, which is one program, covers."""
+BLOCK = 1024
+"""Elements a work item, which is one program, covers.
+
+Four a thread: with eight, Triton sends 16-bit streams through shared memory, to exchange lanes of
+eight values for the moments' four, with a dozen barriers; and float64 takes 171 registers.
+"""
 
 _THREADS = 256
 
@@ -46,6 +52,12 @@ _TENSOR_WORDS = tl.constexpr(len(TensorEntry._fields))
 _SCALARS = tl.constexpr(len(StepScalars._fields))
 _BLOCK = tl.constexpr(BLOCK)
 _VECTOR_BYTES = tl.constexpr(16)
+
+
+def target(device: torch.device) -> GPUTarget:
+    """Return what Triton compiles for on a GPU; raises where Triton's driver does not start."""
+    with torch.cuda.device(device):
+        return driver.active.get_current_target()
 
 
 def constants(key: BucketKey, target: GPUTarget | None, *, aligned: bool) -> dict[str, object]:
@@ -241,9 +253,9 @@ def step_kernel(
     """Step every work item of a bucket.
 
     ``tensors`` are rows of TensorEntry; ``items`` int32 pairs of a tensor and its block of
-    ``BLOCK`` elements; ``inputs`` int64 pairs, for each tensor, of its gradient's address and its
-    row of ``scalars``, which are StepScalars in the compute type. All start at multiples of 16
-    bytes. :func:`constants` has the rest.
+    ``BLOCK`` elements; ``inputs`` int64 pairs, for each tensor, of its gradient's address (0: none
+    in this step, and nothing changes) and its row of ``scalars``, which are StepScalars in the
+    compute type. All start at multiples of 16 bytes. :func:`constants` has the rest.
     """
     item = items + 2 * tl.program_id(0)
     index = tl.load(item)
@@ -253,8 +265,10 @@ def step_kernel(
     exp_avg = _elements(tl.load(tensor + 1), start, COMPUTE, ALIGNED)
     exp_avg_sq = _elements(tl.load(tensor + 2), start, COMPUTE, ALIGNED)
     max_exp_avg_sq = _elements(tl.load(tensor + 3), start, COMPUTE, ALIGNED)
-    remaining = tl.load(tensor + 4) - start
-    grad = _elements(tl.load(inputs + 2 * index), start, GRAD, ALIGNED)
+    grad_address = tl.load(inputs + 2 * index)
+    # Without a gradient no element remains, which costs no branch: the mask below is false.
+    remaining = tl.where(grad_address == 0, 0, tl.load(tensor + 4) - start)
+    grad = _elements(grad_address, start, GRAD, ALIGNED)
     row = scalars + _SCALARS * tl.load(inputs + 2 * index + 1)
 
     # The branch is uniform: only a tensor's last block pays for a mask, which undoes vectors.
