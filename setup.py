@@ -46,7 +46,12 @@ SOURCES = {
         "csrc/steady_state.cpp",
         "csrc/step_cpu.cpp",
     ],
-    "_cuda": ["csrc/bindings_cuda.cpp", "csrc/norm_cuda.cu", "csrc/step_cuda.cu"],
+    "_cuda": [
+        "csrc/bindings_cuda.cpp",
+        "csrc/norm_cuda.cu",
+        "csrc/scalars_cuda.cu",
+        "csrc/step_cuda.cu",
+    ],
 }
 # What each backend consists of: the steps on CUDA are planned by _C.
 BACKENDS = {"cpu": ("_C",), "cuda": ("_C", "_cuda"), "none": ()}

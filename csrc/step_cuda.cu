@@ -7,6 +7,7 @@
 #include "device_guard.h"
 #include "launch_params.h"
 #include "multi_tensor.h"
+#include "scalars_cuda.h"
 #include "step.h"
 
 #if CUDART_VERSION < 12010
@@ -52,24 +53,6 @@ cudaError_t launch_all(const Bucket& bucket, const DeviceTables& tables, cudaStr
   return cudaSuccess;
 }
 
-template <typename Params>
-__global__ void __launch_bounds__(kCudaBlockThreads)
-    adamal_derive_scalars(const __grid_constant__ Params params) {
-  derive_thread(params, blockIdx.x * kCudaBlockThreads + threadIdx.x);
-}
-
-template <typename Params, typename T>
-cudaError_t derive_all(const Bucket& bucket, DeviceRows<T> scalars, cudaStream_t stream) {
-  DeriveSplitter<T> splitter(bucket, scalars);
-  Params params;
-  while (splitter.next(&params)) {
-    const unsigned blocks = (params.tensor_count + kCudaBlockThreads - 1) / kCudaBlockThreads;
-    adamal_derive_scalars<<<blocks, kCudaBlockThreads, 0, stream>>>(params);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
-}
-
 // Two kernels: the first derives the scalars, the second steps by them.
 template <typename Key>
 cudaError_t launch_all_on_device(const Bucket& bucket, const DeviceTables& tables, void* rows,
@@ -78,10 +61,7 @@ cudaError_t launch_all_on_device(const Bucket& bucket, const DeviceTables& table
   using Large = LargeDeviceLaunchParams<T>;
   using Small = SmallDeviceLaunchParams<T>;
   const auto scalars = DeviceRows<T>::at(rows);
-  cudaError_t error = bucket.tensor_count <= SmallDeriveParams<T>::kTensorCapacity
-                          ? derive_all<SmallDeriveParams<T>>(bucket, scalars, stream)
-                          : derive_all<LargeDeriveParams<T>>(bucket, scalars, stream);
-  if (error != cudaSuccess) return error;
+  cudaError_t error = derive_scalars_cuda(bucket, scalars, stream);
   GradientSplitter<T> splitter(bucket);
   while (splitter.next(Large::kTensorCapacity)) {
     const auto launch_with = [&](auto* params) {

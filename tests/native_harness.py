@@ -55,6 +55,9 @@ class Command(IntEnum):
     SCALARS = 3
     STEP_CPU = 4
     STEP_CUDA = 5
+    STEP_ON_DEVICE = 6
+    NORM_CPU = 7
+    NORM_CUDA = 8
 
 
 @dataclass
@@ -97,6 +100,32 @@ class StepResult:
 
 
 @dataclass
+class DeviceCase:
+    """What the scalars of a step are derived from; tensor ``i`` has ``options[tensor.row]``."""
+
+    options: Sequence[StepOptions]
+    counts: Array
+    """Float32: the steps each tensor has taken."""
+    grad_scale: float | None = None
+    found_inf: float | None = None
+    grad_norm: float | None = None
+    max_grad_norm: float = np.inf
+    by_address: bool = False
+    """Whether learning rate and betas are read from memory."""
+    small: bool = True
+    """Whether the launches are those of few tensors."""
+
+
+@dataclass
+class DeviceResult:
+    """The tensors after a step on the device, and what was counted."""
+
+    tensors: list[TensorCase]
+    counts: Array
+    skipped_steps: int
+
+
+@dataclass
 class Capacity:
     """What the parameters of a launch hold."""
 
@@ -132,9 +161,9 @@ def build_harness(
     """
     compiler = os.environ.get("CXX", "g++")
     flags = (*COMMON_FLAGS, *(SANITIZER_FLAGS if sanitize else ()))
-    sources = (HARNESS_SOURCE, csrc / "step_cpu.cpp")
+    sources = (HARNESS_SOURCE, csrc / "norm_cpu.cpp", csrc / "step_cpu.cpp")
     digest = hashlib.sha256(repr((compiler, flags)).encode())
-    for path in (*sources, *sorted(csrc.glob("*.h"))):
+    for path in (*sources, *sorted(HARNESS_SOURCE.parent.glob("*.h")), *sorted(csrc.glob("*.h"))):
         digest.update(path.read_bytes())
     executable = build_dir / f"harness-{digest.hexdigest()[:16]}"
     if not executable.exists():
@@ -209,36 +238,34 @@ class Harness:
         """Step every case with the CUDA walk: blocks and threads in random order."""
         return self._step(Command.STEP_CUDA, cases)
 
+    def step_on_device(
+        self, cases: Sequence[StepCase], devices: Sequence[DeviceCase]
+    ) -> list[DeviceResult]:
+        """Step every case by scalars that the CUDA kernel's twin derives from ``devices[i]``."""
+        results = []
+        for case, device in zip(cases, devices, strict=True):
+            payload = b"".join(_step_input(Command.STEP_ON_DEVICE, case)) + _device_input(device)
+            output = self._run(payload)
+            counts = np.frombuffer(output, np.float32, len(case.tensors)).copy()
+            (skipped,) = np.frombuffer(output, np.int64, 1, counts.nbytes).tolist()
+            taken = _Taken(output, counts.nbytes + 8)
+            results.append(DeviceResult(taken.tensors(case), counts, skipped))
+        return results
+
+    def squared_norms(self, command: Command, cases: Sequence[StepCase]) -> list[Array]:
+        """Return the sum of squares of each tensor's gradient of each case."""
+        output = self._run(b"".join(part for case in cases for part in _step_input(command, case)))
+        sums = np.frombuffer(output, np.float64)
+        return np.split(sums, np.cumsum([len(case.tensors) for case in cases])[:-1])
+
     def _step(self, command: Command, cases: Sequence[StepCase]) -> list[StepResult]:
         output = self._run(b"".join(part for case in cases for part in _step_input(command, case)))
-        offset = 0
-
-        def take(like: Array | None) -> Array | None:
-            nonlocal offset
-            if like is None:
-                return None
-            array = np.frombuffer(output, like.dtype, like.size, offset).copy()
-            offset += array.nbytes
-            return array
-
+        taken = _Taken(output)
         results = []
         for case in cases:
-            counts = [0, 0]
-            if command == Command.STEP_CUDA:
-                counts = np.frombuffer(output, np.int64, 2, offset).tolist()
-                offset += 16
-            tensors = [
-                TensorCase(
-                    take(tensor.param),
-                    tensor.grad,
-                    take(tensor.exp_avg),
-                    take(tensor.exp_avg_sq),
-                    take(tensor.max_exp_avg_sq),
-                )
-                for tensor in case.tensors
-            ]
-            results.append(StepResult(tensors, *counts))
-        assert offset == len(output)
+            counts = taken.integers(2) if command == Command.STEP_CUDA else [0, 0]
+            results.append(StepResult(taken.tensors(case), *counts))
+        assert taken.offset == len(output)
         return results
 
     def _run(self, payload: bytes) -> bytes:
@@ -255,6 +282,40 @@ class Harness:
             if done.returncode != 0:
                 raise HarnessError(f"exit status {done.returncode}\n{done.stderr}")
             return target.read_bytes()
+
+
+class _Taken:
+    """Reads the harness's output from its beginning on."""
+
+    def __init__(self, output: bytes, offset: int = 0) -> None:
+        self._output = output
+        self.offset = offset
+
+    def integers(self, count: int) -> list[int]:
+        """Return the next integers."""
+        return self._array(np.dtype(np.int64), count).tolist()
+
+    def tensors(self, case: StepCase) -> list[TensorCase]:
+        """Return the tensors of a case as the step left them."""
+
+        def take(like: Array | None) -> Array | None:
+            return None if like is None else self._array(like.dtype, like.size)
+
+        return [
+            TensorCase(
+                take(tensor.param),
+                tensor.grad,
+                take(tensor.exp_avg),
+                take(tensor.exp_avg_sq),
+                take(tensor.max_exp_avg_sq),
+            )
+            for tensor in case.tensors
+        ]
+
+    def _array(self, dtype: np.dtype[Any], count: int) -> Array:
+        array = np.frombuffer(self._output, dtype, count, self.offset).copy()
+        self.offset += array.nbytes
+        return array
 
 
 def _integers(*values: int) -> bytes:
@@ -278,3 +339,19 @@ def _step_input(command: Command, case: StepCase) -> Iterable[bytes]:
         for stream in streams:
             if stream is not None:
                 yield stream.tobytes()
+
+
+def _device_input(device: DeviceCase) -> bytes:
+    payload = _integers(device.small, len(device.options))
+    for o in device.options:
+        payload += struct.pack(
+            "<7d", o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.lower, o.upper
+        )
+        payload += _integers(
+            o.decoupled_weight_decay, o.maximize, o.bias_correction, device.by_address
+        )
+    payload += device.counts.astype(np.float32).tobytes()
+    given = (device.grad_scale, device.found_inf, device.grad_norm)
+    payload += _integers(*(value is not None for value in given))
+    scale, inf, norm = (0.0 if value is None else value for value in given)
+    return payload + struct.pack("<ffdd", scale, inf, norm, device.max_grad_norm)

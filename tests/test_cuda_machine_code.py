@@ -23,7 +23,7 @@ from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
 NVCC = shutil.which("nvcc")
 NVCC_FLAGS = ("-O3", "-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false", "-std=c++17")
 ARCHS = ("sm_80", "sm_90", "sm_100")
-CAPACITIES = 2
+CAPACITIES = 4  # small and large launches, by scalars of the host and of the device
 THREAD_BYTES = 32  # of every moment, in one thread's registers
 
 pytestmark = pytest.mark.skipif(
@@ -137,22 +137,30 @@ def parse_sass(text: str) -> Iterator[Kernel]:
         yield Kernel(*parse_name(name), parse_code(body))
 
 
-@pytest.fixture(scope="session", params=ARCHS)
-def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Build:
+def compile_cuda(source: str, arch: str, folder: Path) -> tuple[str, str, str]:
+    """Return the PTX, ptxas's report and the machine code of one of csrc's CUDA sources."""
     assert NVCC, "CI is set and nvcc is not on PATH: install the CUDA toolkit"
-    folder = tmp_path_factory.mktemp(request.param)
-    cubin = folder / "step_cuda.cubin"
-    command = [NVCC, *NVCC_FLAGS, f"-arch={request.param}", "-cubin", "-keep", "-Xptxas=-v"]
-    source = CSRC / "step_cuda.cu"
+    cubin = folder / f"{source}.cubin"
+    command = [NVCC, *NVCC_FLAGS, f"-arch={arch}", "-cubin", "-keep", "-Xptxas=-v"]
     done = subprocess.run(
-        [*command, f"-keep-dir={folder}", source, "-o", cubin], capture_output=True, text=True
+        [*command, f"-keep-dir={folder}", CSRC / f"{source}.cu", "-o", cubin],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     (ptx,) = folder.glob("*.ptx")
     sass = subprocess.run(
         [find_disassembler(), "-sass", cubin], check=True, capture_output=True, text=True
     )
-    return Build(request.param, ptx.read_text(), done.stderr, list(parse_sass(sass.stdout)))
+    return ptx.read_text(), done.stderr, sass.stdout
+
+
+@pytest.fixture(scope="session", params=ARCHS)
+def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    ptx, report, sass = compile_cuda(
+        "step_cuda", request.param, tmp_path_factory.mktemp(request.param)
+    )
+    return Build(request.param, ptx, report, list(parse_sass(sass)))
 
 
 def test_there_is_a_kernel_for_every_pair_and_second_moment(build: Build) -> None:
@@ -161,19 +169,25 @@ def test_there_is_a_kernel_for_every_pair_and_second_moment(build: Build) -> Non
     assert found == sorted(kinds * CAPACITIES)
 
 
-def test_arithmetic_is_rounded_and_never_fused(build: Build) -> None:
+def rounded_arithmetic(ptx: str) -> set[str]:
+    """Return the kinds of floating-point arithmetic, having checked that each rounds to nearest."""
     arithmetic = re.findall(
         r"^\s*(?:@\S+\s+)?((?:add|sub|mul|div|sqrt|rcp|rsqrt|fma|mad|ex2|lg2)\.\S*f(?:16|32|64)\S*)",
-        build.ptx,
+        ptx,
         re.MULTILINE,
     )
     kinds = set(arithmetic)
     # Without .rn, add, sub and mul may be contracted later.
-    operations = itertools.product(("add", "sub", "mul", "div", "sqrt"), ("f32", "f64"))
+    operations = itertools.product(("add", "sub", "mul", "div", "rcp", "sqrt"), ("f32", "f64"))
     assert kinds <= {f"{operation}.rn.{real}" for operation, real in operations}
-    assert {"div.rn.f32", "sqrt.rn.f32", "div.rn.f64", "sqrt.rn.f64"} <= kinds
     for word in (".approx", ".ftz", "fma.", ".full.", "mad.f", "mad.rn"):
-        assert word not in build.ptx
+        assert word not in ptx
+    return kinds
+
+
+def test_arithmetic_is_rounded_and_never_fused(build: Build) -> None:
+    kinds = rounded_arithmetic(build.ptx)
+    assert {"div.rn.f32", "sqrt.rn.f32", "div.rn.f64", "sqrt.rn.f64"} <= kinds
     # Packed pairs, which ptxas fuses on sm_100 whatever the PTX says; div and sqrt use none.
     assert not any(i.opcode.startswith("FFMA2") for k in build.kernels for i in k.code)
 
@@ -246,3 +260,24 @@ def test_registers_leave_room_for_several_blocks(build: Build) -> None:
         dtypes, second_moment = parse_name(name)
         wide = dtypes.param == torch.float64 or second_moment == SecondMoment.AMSGRAD
         assert used <= (128 if wide else 80), name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("source", "operations"),
+    [
+        ("scalars_cuda", {"mul.rn.f64", "div.rn.f64", "sqrt.rn.f64"}),
+        ("norm_cuda", {"mul.rn.f64", "add.rn.f64"}),
+    ],
+)
+def test_the_other_kernels(source: str, operations: set[str], arch: str, tmp_path: Path) -> None:
+    """Scalars and norms: rounded to nearest, nothing spilled, gradients read 16 bytes at a time."""
+    ptx, report, sass = compile_cuda(source, arch, tmp_path)
+    assert operations <= rounded_arithmetic(ptx)
+    assert set(re.findall(r"(\d+) bytes spill (?:stores|loads)", report)) == {"0"}
+    kernels = [part.split("\n", 1) for part in sass.split("Function : ")[1:]]
+    for name, body in kernels:
+        opcodes = [instruction.opcode for instruction in parse_code(body)]
+        assert {opcode.split(".")[0] for opcode in opcodes}.isdisjoint({"STL", "LDL"}), name
+        if "norm_of_items" in name:
+            assert "LDG.E.128" in "\n".join(opcodes), name

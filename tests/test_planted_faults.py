@@ -14,9 +14,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import test_device_kernels as device
 import test_native_walk as walk
 from forked_pytest import ROOT, run_pytest
-from native_harness import Harness, HarnessError, build_harness
+from native_harness import Command, Harness, HarnessError, build_harness
 
 from adamal_kernels.bucket import SecondMoment
 
@@ -73,6 +74,21 @@ def cuda_unchanged_v(harness: Harness) -> None:
         )
 
 
+def device_steps(harness: Harness) -> None:
+    for name in ("scaled and clipped", "found inf"):
+        device.test_steps_are_those_of_python(harness, name, True)
+
+
+def device_launches(harness: Harness) -> None:
+    device.test_buckets_of_several_launches(harness, True)
+
+
+def norms(harness: Harness) -> None:
+    for command in (Command.NORM_CPU, Command.NORM_CUDA):
+        device.test_norms_are_those_of_python(harness, command)
+    device.test_norms_of_many_chunks_use_every_lane(harness)
+
+
 def launches(harness: Harness) -> None:
     walk.test_launches_split_where_their_parameters_are_full(harness, harness.info(), 0)
 
@@ -86,9 +102,50 @@ Check = Callable[[Harness], None]
 
 MATH, WALK = "csrc/adamal_math.h", "csrc/multi_tensor.h"
 LAUNCH, CPU, STORAGE = "csrc/launch_params.h", "csrc/step_cpu.cpp", "csrc/storage.h"
+DEVICE, NORM, NORM_CPU = "csrc/device_scalars.h", "csrc/gradient_norm.h", "csrc/norm_cpu.cpp"
 
 # Name -> the fault, and what catches it without sanitizers.
 NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
+    "a skipped step is counted": (
+        Fault(DEVICE, "if (found.skip) return false;", "if (found.skip) ++*count;"),
+        device_steps,
+    ),
+    "a learning rate in memory is not read": (
+        Fault(DEVICE, "found.lr = read(lr, found.lr);", ""),
+        device_steps,
+    ),
+    "gradients are clipped and not unscaled": (
+        Fault(MATH, "found.factor *= clip;", "found.factor = clip;"),
+        device_steps,
+    ),
+    "options of a later launch are an earlier one's": (
+        Fault(LAUNCH, "std::fill(slot_of_.begin(), slot_of_.end(), Params::kAtRest);", ""),
+        device_launches,
+    ),
+    "a launch on the device starts at the first tensor": (
+        Fault(LAUNCH, "scalars.rows[first_tensor + slot]", "scalars.rows[slot]"),
+        device_launches,
+    ),
+    "lanes add neighbouring chunks": (
+        Fault(
+            NORM,
+            "for (int64_t i = lane; i < chunks; i += kNormLanes)",
+            "for (int64_t i = lane * 2; i < chunks; ++i)",
+        ),
+        norms,
+    ),
+    "the CUDA tree adds halves": (
+        Fault(
+            NORM,
+            "values[j] = values[2 * j] + values[2 * j + 1]",
+            "values[j] = values[j] + values[j + width]",
+        ),
+        norms,
+    ),
+    "the CPU tree ends early": (
+        Fault(NORM_CPU, "for (; count > 1; count /= 2)", "for (; count > 2; count /= 2)"),
+        norms,
+    ),
     "the clamp is flipped": (
         Fault(MATH, "stepped < s.lower ? s.lower", "stepped > s.lower ? s.lower"),
         formula,
@@ -154,7 +211,7 @@ NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
         cuda_misaligned,
     ),
     "every tensor takes the first row": (
-        Fault(WALK, "params.scalars[params.rows[slot]]", "params.scalars[params.rows[0]]"),
+        Fault(LAUNCH, "return scalars[rows[slot]];", "return scalars[rows[0]];"),
         cuda_sizes,
     ),
     "a later launch takes the first one's gradients": (
@@ -196,20 +253,20 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     "no bias correction": (
         Fault(
             "adamal_kernels/hyperparameters.py",
-            "bias2_sqrt = math.sqrt(1.0 - beta_power(beta2, step))",
+            "bias2_sqrt = _sqrt(1.0 - beta_power(o.beta2, step))",
             "bias2_sqrt = 1.0",
         ),
         "test_hyperparameters.py::test_bias_corrections_are_of_beta_power",
     ),
     "one count for all parameters": (
-        Fault("adamal_kernels/plan.py", 'int(held["step"].item()) + 1', "int(steps[0].item()) + 1"),
+        Fault("adamal_kernels/plan.py", "int(step.item()) + 1", "min(int(step.item()), 1) + 1"),
         "test_plan.py::test_counts_are_each_parameters_own",
     ),
     "the gradient's strides are ignored": (
         Fault(
             "adamal_kernels/plan.py",
-            "dense_grad = _with_layout(grad, pattern)",
-            "dense_grad = grad",
+            "dense = _with_layout(grad, _pattern(entry))",
+            "dense = grad",
         ),
         "test_plan.py::test_layouts_change_no_bit[cpu-cpu-contiguous-float32]",
     ),
@@ -230,7 +287,11 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
         "test_bad_input.py::test_replaced_state",
     ),
     "steps repeated by C++ are not clamped": (
-        Fault("adamal_kernels/steady_state.py", "upper=bounds[1]", 'upper=float("inf")'),
+        Fault(
+            "adamal_kernels/steady_state.py",
+            "step_options(*binding.bounds)",
+            'step_options(binding.bounds[0], float("inf"))',
+        ),
         "test_steady_state.py::test_is_taken_over_without_python",
     ),
     "bounds are rounded outward": (
@@ -242,7 +303,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
         "test_projections.py::test_upper_bound_examples",
     ),
     "a step with lr=0 projects": (
-        Fault("adamal_kernels/options.py", "if self.lr == 0:", "if self.lr < 0:"),
+        Fault("adamal_kernels/hyperparameters.py", "stands = o.lr == 0", "stands = o.lr < 0"),
         "test_algorithm1.py::test_lr_zero_does_not_project",
     ),
     "loaded moments are cast to the parameter's type": (

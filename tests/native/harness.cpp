@@ -3,229 +3,37 @@
 // Usage: harness INPUT OUTPUT. tests/native_harness.py writes the input and reads the output; both
 // are plain concatenations of little-endian 8-byte numbers and raw arrays. Every stream lies in a
 // buffer of exactly its size, so that the sanitizers trap any access beside it.
-#include <sanitizer/asan_interface.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "bucket.h"
+#include "gradient_norm.h"
 #include "launch_params.h"
 #include "multi_tensor.h"
+#include "owned_bucket.h"
 #include "step.h"
 #include "storage.h"
 
 namespace {
 
 using namespace adamal;
+using namespace adamal::harness;
 
-enum class Command : int64_t { info, decode, encode, scalars, step_cpu, step_cuda };
-
-[[noreturn]] void fail(const char* message) {
-  std::fprintf(stderr, "harness: %s\n", message);
-  std::exit(2);
-}
-
-class Input {
- public:
-  explicit Input(const char* path) : file_(std::fopen(path, "rb")) {
-    if (file_ == nullptr) fail("the input cannot be opened");
-  }
-  ~Input() { std::fclose(file_); }
-  Input(const Input&) = delete;
-  Input& operator=(const Input&) = delete;
-
-  bool at_end() {
-    const int next = std::fgetc(file_);
-    std::ungetc(next, file_);
-    return next == EOF;
-  }
-  void read(void* target, size_t bytes) {
-    if (bytes != 0 && std::fread(target, 1, bytes, file_) != bytes) fail("the input is too short");
-  }
-  int64_t integer() {
-    int64_t value;
-    read(&value, sizeof(value));
-    return value;
-  }
-  template <typename T>
-  std::vector<T> array(int64_t count) {
-    std::vector<T> values(count);
-    read(values.data(), count * sizeof(T));
-    return values;
-  }
-
- private:
-  std::FILE* file_;
-};
-
-class Output {
- public:
-  explicit Output(const char* path) : file_(std::fopen(path, "wb")) {
-    if (file_ == nullptr) fail("the output cannot be opened");
-  }
-  ~Output() {
-    if (std::fclose(file_) != 0) fail("the output cannot be written");
-  }
-  Output(const Output&) = delete;
-  Output& operator=(const Output&) = delete;
-
-  void write(const void* source, size_t bytes) {
-    if (bytes != 0 && std::fwrite(source, 1, bytes, file_) != bytes) {
-      fail("the output cannot be written");
-    }
-  }
-  void integer(int64_t value) { write(&value, sizeof(value)); }
-  template <typename T>
-  void array(const std::vector<T>& values) {
-    write(values.data(), values.size() * sizeof(T));
-  }
-
- private:
-  std::FILE* file_;
-};
-
-// The memory of one stream: `misalignment` bytes off a 64-byte boundary, nothing behind it. A
-// read-only one lies on pages of its own.
-class Stream {
- public:
-  Stream(Input& input, size_t bytes, size_t misalignment, bool read_only)
-      : bytes_(bytes), misalignment_(misalignment), read_only_(read_only) {
-    const size_t total = bytes + misalignment;
-    if (read_only) {
-      mapped_ = total + 1;
-      void* pages =
-          mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      if (pages == MAP_FAILED) fail("no memory");
-      base_ = static_cast<unsigned char*>(pages);
-    } else {
-      void* memory = nullptr;
-      if (posix_memalign(&memory, 64, total) != 0) fail("no memory");
-      base_ = static_cast<unsigned char*>(memory);
-    }
-    std::memset(base_, kCanary, misalignment);
-    input.read(data(), bytes);
-    original_.assign(base_ + misalignment, base_ + total);
-    if (read_only && mprotect(base_, mapped_, PROT_READ) != 0) fail("mprotect failed");
-    ASAN_POISON_MEMORY_REGION(base_, misalignment);
-  }
-  ~Stream() {
-    ASAN_UNPOISON_MEMORY_REGION(base_, misalignment_);
-    for (size_t i = 0; i < misalignment_; ++i) {
-      if (base_[i] != kCanary) fail("a store before the first element");
-    }
-    if (read_only_) {
-      munmap(base_, mapped_);
-    } else {
-      std::free(base_);
-    }
-  }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-
-  void* data() { return base_ + misalignment_; }
-  size_t bytes() const { return bytes_; }
-  bool is_unchanged() {
-    return std::equal(original_.begin(), original_.end(), base_ + misalignment_);
-  }
-
- private:
-  static constexpr unsigned char kCanary = 0xa5;
-  size_t bytes_;
-  size_t misalignment_;
-  bool read_only_;
-  size_t mapped_ = 0;
-  unsigned char* base_ = nullptr;
-  std::vector<unsigned char> original_;
-};
-
-size_t size_of(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float32:
-      return 4;
-    case Dtype::float64:
-      return 8;
-    default:
-      return 2;
-  }
-}
-
-// A bucket that owns what it points to.
-struct OwnedBucket {
-  enum { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kStreamCount };
-
-  Bucket view{};
-  uint64_t seed;
-  std::vector<StepScalars<double>> scalars;
-  std::vector<std::unique_ptr<Stream>> streams;  // kStreamCount a tensor
-  std::vector<TensorEntry> tensors;
-  std::vector<WorkItem> items;
-  std::vector<const void*> grads;
-  std::vector<uint32_t> rows;
-
-  OwnedBucket(Input& input, Command command) {
-    seed = input.integer();
-    view.pair = static_cast<int>(input.integer());
-    view.second_moment = static_cast<SecondMoment>(input.integer());
-    view.scalar_count = input.integer();
-    view.tensor_count = input.integer();
-    scalars = input.array<StepScalars<double>>(view.scalar_count);
-    for (int64_t i = 0; i < view.tensor_count; ++i) read_tensor(input);
-
-    const int64_t chunk = command == Command::step_cpu ? kCpuChunk : cuda_chunk(view.pair);
-    for (uint32_t i = 0; i < tensors.size(); ++i) {
-      for (int64_t j = 0; j * chunk < tensors[i].numel; ++j) {
-        items.push_back({i, static_cast<uint32_t>(j)});
-      }
-    }
-    view.tensors = tensors.data();
-    view.items = items.data();
-    view.item_count = static_cast<int64_t>(items.size());
-    view.grads = grads.data();
-    view.rows = rows.data();
-    view.scalars = scalars.data();
-  }
-
-  void read_tensor(Input& input) {
-    const DtypePair pair = kDtypePairs[view.pair];
-    const size_t moment_size = pair.param == Dtype::float64 ? 8 : 4;
-    const size_t sizes[kStreamCount] = {size_of(pair.param), size_of(pair.grad), moment_size,
-                                        moment_size, moment_size};
-    const int64_t numel = input.integer();
-    rows.push_back(static_cast<uint32_t>(input.integer()));
-    const auto present = input.array<int64_t>(kStreamCount);
-    const auto misalignment = input.array<int64_t>(kStreamCount);  // in elements
-    const auto read_only = input.array<int64_t>(kStreamCount);
-    void* data[kStreamCount] = {};
-    for (int i = 0; i < kStreamCount; ++i) {
-      streams.push_back(nullptr);
-      if (!present[i]) continue;
-      streams.back() = std::make_unique<Stream>(input, numel * sizes[i], misalignment[i] * sizes[i],
-                                                read_only[i] != 0);
-      data[i] = streams.back()->data();
-    }
-    tensors.push_back({data[kParam], data[kExpAvg], data[kExpAvgSq], data[kMaxExpAvgSq], numel});
-    grads.push_back(data[kGrad]);
-  }
-
-  void write(Output& output) {
-    for (size_t i = 0; i < streams.size(); ++i) {
-      if (streams[i] == nullptr) continue;
-      if (i % kStreamCount == kGrad) {
-        if (!streams[i]->is_unchanged()) fail("a store to a gradient");
-      } else {
-        output.write(streams[i]->data(), streams[i]->bytes());
-      }
-    }
-  }
+enum class Command : int64_t {
+  info,
+  decode,
+  encode,
+  scalars,
+  step_cpu,
+  step_cuda,
+  step_on_device,
+  norm_cpu,
+  norm_cuda
 };
 
 template <typename Int>
@@ -286,6 +94,142 @@ LaunchCounts run_step_cuda(OwnedBucket& bucket) {
   });
   if (!known) fail("no such pair or second moment");
   return counts;
+}
+
+// The first kernel of a step on the device, then the second: random threads and blocks of each.
+template <typename Key, typename Derive, typename Launch>
+void run_on_device(OwnedBucket& bucket, std::mt19937_64& random) {
+  using T = ComputeType<typename Key::Param>;
+  // Exactly as many bytes as the plan would allocate, so that a write past them traps.
+  const auto memory = std::make_unique<double[]>(
+      (DeviceRows<T>::bytes(bucket.view.tensor_count) + sizeof(double) - 1) / sizeof(double));
+  const auto scalars = DeviceRows<T>::at(memory.get());
+  const auto derive = std::make_unique<Derive>();
+  DeriveSplitter<T> derivations(bucket.view, scalars);
+  while (derivations.next(derive.get())) {
+    for (const uint32_t slot : shuffled(derive->tensor_count + 3, random)) {
+      derive_thread(*derive, slot);
+    }
+  }
+  const auto launch = std::make_unique<Launch>();
+  GradientSplitter<T> splitter(bucket.view);
+  while (splitter.next(Launch::kTensorCapacity)) {
+    splitter.fill(bucket.tensors.data(), bucket.items.data(), launch.get());
+    launch->scalars = scalars;
+    run_launch<Key>(*launch, splitter.block_count(), random);
+  }
+}
+
+// Steps by the case's first row of options and inputs, and writes what is counted.
+void run_step_on_device(OwnedBucket& bucket, Input& input, Output& output) {
+  std::mt19937_64 random(bucket.seed);
+  const bool is_small = input.integer() != 0;
+  std::vector<DeviceOptions> options(input.integer());
+  std::vector<double> numbers;  // that addresses point to
+  numbers.reserve(3 * options.size());
+  for (DeviceOptions& o : options) {
+    const auto number = input.array<double>(7);
+    const auto flag = input.array<int64_t>(4);
+    o.options = {number[0], number[1], number[2],    number[3],    number[4],
+                 number[5], number[6], flag[0] != 0, flag[1] != 0, flag[2] != 0};
+    if (flag[3] == 0) continue;
+    for (auto [address, value] :
+         {std::pair{&o.lr, &o.options.lr}, std::pair{&o.beta1, &o.options.beta1},
+          std::pair{&o.beta2, &o.options.beta2}}) {
+      numbers.push_back(std::exchange(*value, -1.0));
+      *address = {&numbers.back(), true};
+    }
+  }
+  auto counts = input.array<float>(bucket.view.tensor_count);
+  const auto given = input.array<int64_t>(3);
+  const float grad_scale = input.array<float>(1)[0], found_inf = input.array<float>(1)[0];
+  const auto norms = input.array<double>(2);
+  int64_t skipped_steps = 0;
+  const DeviceScalars device{options.data(),
+                             static_cast<int64_t>(options.size()),
+                             counts.data(),
+                             {given[0] ? &grad_scale : nullptr, given[1] ? &found_inf : nullptr,
+                              given[2] ? &norms[0] : nullptr, norms[1]},
+                             &skipped_steps};
+  bucket.view.device = &device;
+  dispatch(bucket.view, [&](auto key) {
+    using Key = decltype(key);
+    using T = ComputeType<typename Key::Param>;
+    if (is_small) {
+      run_on_device<Key, SmallDeriveParams<T>, SmallDeviceLaunchParams<T>>(bucket, random);
+    } else {
+      run_on_device<Key, LargeDeriveParams<T>, LargeDeviceLaunchParams<T>>(bucket, random);
+    }
+  });
+  output.array(counts);
+  output.integer(skipped_steps);
+}
+
+// Threads of a block in random order, which wait for one another before every level.
+template <typename T, typename Grad, typename Params>
+void run_norm(OwnedBucket& bucket, std::vector<double>* sums, std::mt19937_64& random) {
+  using Tree = NormTree<T, Grad>;
+  std::vector<double> item_sums(bucket.items.size());
+  const auto params = std::make_unique<Params>();
+  GradientSplitter<T> splitter(bucket.view);
+  while (splitter.next(Params::kTensorCapacity)) {
+    splitter.fill(bucket.tensors.data(), bucket.items.data(), params.get());
+    for (const int64_t block : shuffled(splitter.block_count(), random)) {
+      const WorkItem item = params->items[block];
+      const auto* grad =
+          static_cast<const Grad*>(params->grads[item.tensor - params->first_tensor]);
+      if (grad == nullptr) continue;
+      const int64_t offset = item.chunk * kCudaChunk<T>;
+      const int64_t left = params->tensors[item.tensor].numel - offset;
+      const auto leaves = std::make_unique<double[]>(Tree::kLeaves);
+      for (const int thread : shuffled(kCudaBlockThreads, random)) {
+        Tree::add_leaves(grad + offset, int(min_of(left, kCudaChunk<T>)), thread, leaves.get());
+      }
+      for (int stride = 1; stride < Tree::kLeaves; stride *= 2) {
+        for (const int thread : shuffled(kCudaBlockThreads, random)) {
+          add_level(leaves.get(), Tree::kLeaves, stride, thread);
+        }
+      }
+      item_sums[splitter.first_item() + block] = leaves[0];
+    }
+  }
+  int64_t first_item = 0;
+  for (const TensorEntry& tensor : bucket.tensors) {
+    const int64_t chunks = (tensor.numel + kNormChunk<T> - 1) / kNormChunk<T>;
+    double lanes[kNormLanes];
+    for (const int lane : shuffled(kNormLanes, random)) {
+      lanes[lane] = add_lane(item_sums.data() + first_item, chunks, lane);
+    }
+    for (int stride = 1; stride < kNormLanes; stride *= 2) {
+      for (const int thread : shuffled(kNormLanes, random)) {
+        add_level(lanes, kNormLanes, stride, thread);
+      }
+    }
+    sums->push_back(lanes[0]);
+    first_item += chunks;
+  }
+}
+
+void run_norm_cuda(OwnedBucket& bucket, Output& output) {
+  std::mt19937_64 random(bucket.seed);
+  std::vector<double> sums;
+  dispatch(bucket.view, [&](auto key) {
+    using Key = decltype(key);
+    run_norm<ComputeType<typename Key::Param>, typename Key::Grad, SmallNormParams>(bucket, &sums,
+                                                                                    random);
+  });
+  output.array(sums);
+}
+
+void run_norm_cpu(OwnedBucket& bucket, Output& output) {
+  std::vector<double> chunk_sums(bucket.view.item_count * kNormChunksPerItem, -1.0);
+  std::mt19937_64 random(bucket.seed);
+  for (const int64_t i : shuffled(bucket.view.item_count, random)) {
+    squared_norm_items_cpu(bucket.view, i, i + 1, chunk_sums.data());
+  }
+  std::vector<double> sums(bucket.view.tensor_count);
+  squared_norm_tensors_cpu(bucket.view, chunk_sums.data(), sums.data());
+  output.array(sums);
 }
 
 template <typename Storage>
@@ -354,16 +298,29 @@ void run(Input& input, Output& output) {
     case Command::scalars:
       return derive_scalars(input, output);
     case Command::step_cpu: {
-      OwnedBucket bucket(input, command);
+      OwnedBucket bucket(input, /*for_cpu=*/true);
       run_step_cpu(bucket);
       return bucket.write(output);
     }
     case Command::step_cuda: {
-      OwnedBucket bucket(input, command);
+      OwnedBucket bucket(input, /*for_cpu=*/false);
       const LaunchCounts counts = run_step_cuda(bucket);
       output.integer(counts.launches);
       output.integer(counts.small_launches);
       return bucket.write(output);
+    }
+    case Command::step_on_device: {
+      OwnedBucket bucket(input, /*for_cpu=*/false);
+      run_step_on_device(bucket, input, output);
+      return bucket.write(output);
+    }
+    case Command::norm_cpu: {
+      OwnedBucket bucket(input, /*for_cpu=*/true);
+      return run_norm_cpu(bucket, output);
+    }
+    case Command::norm_cuda: {
+      OwnedBucket bucket(input, /*for_cpu=*/false);
+      return run_norm_cuda(bucket, output);
     }
   }
   fail("no such command");
