@@ -8,13 +8,16 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from .catalogue import EXPERIMENTS
+from .cifar10 import Cifar10Error, find_cifar10
 from .experiment import Experiment
+from .images import ImageClassification
 from .record import RESULTS, new_record, write_record
 from .summary import summary_table
 from .summary import write as write_summary
@@ -32,6 +35,17 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=int, metavar="N", help="instead of the experiments' own number"
     )
     parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="CIFAR-10 in its binary form: images runs on it, with ResNet-18 and VGG-16, and not "
+        "on scikit-learn's digits",
+    )
+    parser.add_argument("--device", help="where images trains, such as cuda:0. Default: cpu")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that train at once. Default: 2"
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         default=RESULTS,
@@ -43,16 +57,46 @@ def _parser() -> argparse.ArgumentParser:
 
 def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Experiment]:
     """Return the experiments to run, or end the program with what is wrong."""
-    for name in options.experiment:
+    names = list(dict.fromkeys(options.experiment or EXPERIMENTS))
+    for name in names:
         if name not in EXPERIMENTS:
             parser.error(f"unknown experiment {name!r}; there are: {', '.join(EXPERIMENTS)}")
     if options.seeds is not None and options.seeds < 2:
         parser.error(f"--seeds {options.seeds}: a spread takes 2 seeds or more")
+    if options.workers is not None and options.workers < 0:
+        parser.error(f"--workers {options.workers}: give 0, for none beside this process, or more")
     if options.output.exists() and not options.output.is_dir():
         parser.error(f"--output {options.output}: is a file; name a folder")
-    sizes = {} if options.seeds is None else {"seeds": options.seeds}
-    names = dict.fromkeys(options.experiment or EXPERIMENTS)
-    return [EXPERIMENTS[name](**sizes) for name in names]
+    sizes = {
+        key: value
+        for key, value in (("seeds", options.seeds), ("workers", options.workers))
+        if value is not None
+    }
+    experiments: dict[str, Experiment] = {name: EXPERIMENTS[name](**sizes) for name in names}
+    for option in ("data", "device"):
+        if getattr(options, option) is not None and ImageClassification.name not in experiments:
+            parser.error(f"--{option} is for images, which is not among: {', '.join(names)}")
+    if ImageClassification.name in experiments:
+        experiments[ImageClassification.name] = _on_images(parser, options, sizes)
+    return list(experiments.values())
+
+
+def _on_images(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, sizes: dict[str, Any]
+) -> Experiment:
+    """Return the image experiment on the data and device that are asked for."""
+    if options.device is not None:
+        try:
+            torch.empty(0, device=options.device)
+        except (RuntimeError, AssertionError) as error:
+            parser.error(f"--device {options.device}: {str(error).splitlines()[0]}")
+        sizes = {**sizes, "device": options.device}
+    if options.data is None:
+        return ImageClassification(**sizes)
+    try:
+        return ImageClassification.on_cifar10(find_cifar10(options.data), **sizes)
+    except Cifar10Error as error:
+        parser.error(f"--data: {error}")
 
 
 def main(arguments: list[str] | None = None) -> int:

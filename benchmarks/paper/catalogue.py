@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from .diffusion import Diffusion
 from .experiment import Experiment
+from .images import ImageClassification
 from .mirror import Mirror
 from .nonconvergence import Nonconvergence
+from .swaps import Swaps
 
 __all__ = ["EXPERIMENTS"]
 
-EXPERIMENTS: dict[str, type[Experiment]] = {cls.name: cls for cls in (Nonconvergence, Mirror)}
+_ORDER: tuple[type[Experiment], ...] = (
+    Nonconvergence,
+    Mirror,
+    Swaps,
+    Diffusion,
+    ImageClassification,
+)
+EXPERIMENTS = {experiment.name: experiment for experiment in _ORDER}

@@ -55,7 +55,7 @@ class Claim(NamedTuple):
 
 @dataclass(frozen=True)
 class Experiment(ABC):
-    """One experiment; the fields of a subclass are its sizes, those of ``make paper`` by default."""
+    """One experiment; a subclass's fields are its sizes, by default those of ``make paper``."""
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -63,6 +63,8 @@ class Experiment(ABC):
 
     seeds: int = 5
     """How often everything random is drawn anew."""
+    workers: int = 2
+    """Processes at once where networks are trained; 0: this one. It changes no figure."""
 
     @abstractmethod
     def units(self) -> int:
@@ -130,7 +132,7 @@ class Difference(NamedTuple):
     high: float
 
     def __format__(self, form: str) -> str:
-        return f"{self.mean:+{form}} (95% interval {self.low:+{form}} to {self.high:+{form}})"
+        return f"{self.mean:+{form}} ({self.low:+{form}} to {self.high:+{form}})"
 
 
 def difference(found: Json, other: Json) -> Difference:

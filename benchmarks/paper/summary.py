@@ -78,8 +78,10 @@ def as_markdown(judged: list[Judged], results: str) -> str:
 def write(folder: Path) -> list[Judged]:
     """Write ``summary.md`` into ``folder``, and into ``docs/method.md`` if they are its results."""
     judged = judge(folder)
-    text = "# The paper's claims\n\nWritten by `python -m benchmarks.paper` from the JSON beside it.\n\n"
-    (folder / "summary.md").write_text(text + as_markdown(judged, ""), "utf-8")
+    title = (
+        "# The paper's claims\n\nJudged by `python -m benchmarks.paper` from the JSON beside it.\n"
+    )
+    (folder / "summary.md").write_text(f"{title}\n{as_markdown(judged, '')}", "utf-8")
     if folder.resolve() == RESULTS:
         before, _, rest = DOCUMENT.read_text("utf-8").partition(BEGIN)
         _, _, after = rest.partition(END)
