@@ -53,7 +53,7 @@ class ImageClassification(Experiment):
     name = "images"
     title = "Figure 2, Figure 3 and Table 1: accuracy on images"
 
-    seeds: int = 8
+    seeds: int = 5
     data: str = "digits"
     folder: str | None = None
     """Where CIFAR-10 is, for ``data="cifar10"``."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from rich.table import Table
 
 from .experiment import Claim, Verdict, difference, plus_minus
@@ -93,6 +94,7 @@ def draw(record: dict[str, Any]) -> dict[str, Figure]:
         found = {"mean": mean, "std": std}
         draw_band(by_batch, [int(size) for size in sizes], found, name)
     by_batch.set_xscale("log", base=2)
+    by_batch.xaxis.set_major_formatter(ScalarFormatter())
     by_batch.set(xlabel="batch size", ylabel="test accuracy", title=f"Figure 3, {DATA[data]}")
     by_batch.legend(frameon=False)
     for place, (name, found) in enumerate(results["table1"].items()):

@@ -231,7 +231,7 @@ class Mirror(Experiment):
 
     @staticmethod
     def draw(record: dict[str, Any]) -> dict[str, Figure]:
-        figure, panels = new_figure(record, 1, 1, width=9, height=4.5)
+        figure, panels = new_figure(record, 1, 1, width=9, height=4.5, shown="mean")
         axes = panels[0, 0]
         forms = record["results"]["forms"]
         bars = {

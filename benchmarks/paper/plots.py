@@ -19,7 +19,14 @@ _INK = "#1f2937"
 
 
 def new_figure(
-    record: dict[str, Any], rows: int, columns: int, *, width: float, height: float, **options: Any
+    record: dict[str, Any],
+    rows: int,
+    columns: int,
+    *,
+    width: float,
+    height: float,
+    shown: str = "mean ± standard deviation",
+    **options: Any,
 ) -> tuple[Figure, NDArray[np.object_]]:
     """Return a figure that names the record it shows, and its axes, rows by columns."""
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
@@ -30,7 +37,7 @@ def new_figure(
         axes.spines[["top", "right"]].set_visible(False)
     where = record["environment"]
     figure.supxlabel(
-        f"{record['settings']['seeds']} seeds, mean ± standard deviation; "
+        f"{record['settings']['seeds']} seeds, {shown}; "
         f"{where['device']['name']}, torch {where['versions']['torch']}, {where['date'][:10]}",
         fontsize="small",
         color=_INK,

@@ -47,7 +47,7 @@ def write_record(record: dict[str, Any], folder: Path) -> Path:
     path = folder / f"{file_stem(record)}.json"
     text = json.dumps(_finite(record), indent=1, allow_nan=False)
     # A list of numbers takes one line.
-    text = re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text)
+    text = re.sub(r"\[[^][{}]*\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text)
     path.write_text(text + "\n", "utf-8")
     return path
 

@@ -135,7 +135,7 @@ class Swaps(Experiment):
 
     @staticmethod
     def draw(record: dict[str, Any]) -> dict[str, Figure]:
-        figure, panels = new_figure(record, 1, 2, width=14, height=6.6)
+        figure, panels = new_figure(record, 1, 2, width=14, height=6.6, shown="the first shown")
         maps = [record["results"]["methods"][name]["heat_map"] for name in COUNTED]
         intervals = [np.array(found["mean_interval"], dtype=np.float64) for found in maps]
         # The darker, the lower the mean interval, as in the paper; one scale for both.
@@ -148,7 +148,7 @@ class Swaps(Experiment):
                     column, row, f"{count}", ha="center", va="center", fontsize=8,
                     color="black" if light else "white",
                 )  # fmt: skip
-            axes.set(xticks=[], yticks=[], title=f"{name}: swaps in {found['layer']}, seed 0")
+            axes.set(xticks=[], yticks=[], title=f"{name}: swaps in {found['layer']}")
             axes.grid(visible=False)
         figure.colorbar(image, ax=panels[0].tolist(), label="mean interval between swaps (steps)")
         return {"swaps": figure}
