@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from support import DEVICES, PLACES, Place
+
+# For tests of benchmarks/, whichever way pytest was started. Last: where a copy of the package is
+# under test, it goes first.
+sys.path.append(str(Path(__file__).parents[1]))
 
 try:
     from hypothesis import settings
