@@ -49,6 +49,13 @@ def test_run_writes_record_plot_and_summary(
         assert f"| {claim.text} | **{claim.verdict.value}** | {claim.figure} |" in written
     assert written.count("\n| ") == len(claims) + 2
     assert "The paper's claims" in capsys.readouterr().out
+    # From the record alone, the same again.
+    (tmp_path / "new" / "mirror.png").unlink()
+    (tmp_path / "new" / "summary.md").unlink()
+    assert __main__.main(["--report", "--output", str(tmp_path / "new")]) == 0
+    assert (tmp_path / "new" / "mirror.png").is_file()
+    assert (tmp_path / "new" / "summary.md").read_text() == written
+    assert json.loads((tmp_path / "new" / "mirror.json").read_text()) == record
     # Results elsewhere are not those that the documentation shows.
     assert summary.DOCUMENT.read_bytes() == document
 
@@ -60,6 +67,7 @@ def test_run_writes_record_plot_and_summary(
         (["--seeds", "1"], ["--seeds 1", "2 seeds or more"]),
         (["--workers", "-1"], ["--workers -1", "0"]),
         (["--output", __file__], ["--output", "is a file", "folder"]),
+        (["--report", "--output", "/nowhere"], ["--report", "/nowhere", "records"]),
         (["images", "--data", "/nowhere"], ["/nowhere", "data_batch_1.bin", "test_batch.bin"]),
         (["mirror", "--data", "/nowhere"], ["--data is for images", "mirror"]),
         (["images", "--device", "cuda:99"], ["--device cuda:99"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import torch
 from rich.console import Console
 from test_paper_data import write_cifar10
 
-from benchmarks.paper import diffusion, swaps
+from benchmarks.paper import swaps
+from benchmarks.paper.argmin import argmin_violation
 from benchmarks.paper.datasets import digits
 from benchmarks.paper.diffusion import Diffusion, fit
 from benchmarks.paper.experiment import Experiment, Verdict, difference, spread
 from benchmarks.paper.images import ImageClassification
 from benchmarks.paper.images_report import PAPER_TABLE_1
 from benchmarks.paper.methods import ADAMS, METHODS
-from benchmarks.paper.mirror import BOX, ROUNDING, Mirror, argmin_violation
+from benchmarks.paper.mirror import BOX, ROUNDING, Mirror
 from benchmarks.paper.nonconvergence import Nonconvergence
 from benchmarks.paper.record import file_stem, new_record, write_record
 from benchmarks.paper.training import Setup, Training, train
@@ -302,9 +304,9 @@ class TestImages:
 
 
 def test_other_processes_find_the_same() -> None:
-    setup = Setup("VGG", 4, 1, "AdamAL", 1e-3, 32, 0, seed=0)
-    jobs = [diffusion._Job(setup, steps, 2) for steps in (2, 3)]
-    here, elsewhere = (dict(run_jobs(diffusion._follow, jobs, workers)) for workers in (0, 1))
+    jobs = [Setup("VGG", 4, 1, "AdamAL", 1e-3, 32, 1, seed) for seed in (0, 1)]
+    training = partial(train, images=digits(64))
+    here, elsewhere = (dict(run_jobs(training, jobs, workers)) for workers in (0, 1))
     assert here == elsewhere
     assert here[jobs[0]] != here[jobs[1]]
 

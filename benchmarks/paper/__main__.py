@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import time
@@ -19,8 +18,7 @@ from .cifar10 import Cifar10Error, find_cifar10
 from .experiment import Experiment
 from .images import ImageClassification
 from .record import RESULTS, new_record, write_record
-from .summary import summary_table
-from .summary import write as write_summary
+from .report import report
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,6 +29,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("experiment", nargs="*", help="run only this one; several may be named")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="run nothing: draw and judge the records in --output anew",
+    )
     parser.add_argument(
         "--seeds", type=int, metavar="N", help="instead of the experiments' own number"
     )
@@ -65,6 +68,8 @@ def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace) -> lis
         parser.error(f"--seeds {options.seeds}: a spread takes 2 seeds or more")
     if options.workers is not None and options.workers < 0:
         parser.error(f"--workers {options.workers}: give 0, for none beside this process, or more")
+    if options.report and not options.output.is_dir():
+        parser.error(f"--report: {options.output} is no folder; name one that holds records")
     if options.output.exists() and not options.output.is_dir():
         parser.error(f"--output {options.output}: is a file; name a folder")
     sizes = {
@@ -99,16 +104,8 @@ def _on_images(
         parser.error(f"--data: {error}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
-    parser = _parser()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(arguments)
-    experiments = _chosen(parser, options)
-    # More threads would add in another order, and each run would give other figures.
-    torch.set_num_threads(1)
-    command = shlex.join(["python", "-m", __package__ or "benchmarks.paper", *arguments])
-    console = Console(highlight=False)
+def _run(experiments: list[Experiment], folder: Path, command: str, console: Console) -> None:
+    """Run every experiment and write its record, under a progress bar."""
     with Progress(
         TextColumn("{task.description:>16}"),
         BarColumn(),
@@ -122,15 +119,23 @@ def main(arguments: list[str] | None = None) -> int:
             began = time.perf_counter()
             results = experiment.run(lambda units, task=task: progress.advance(task, units))
             seconds = time.perf_counter() - began
-            record = new_record(experiment, results, seconds, command)
-            path = write_record(record, options.output)
-            for name, figure in experiment.draw(record).items():
-                figure.savefig(path.with_name(f"{name}.png"))
-            for table in experiment.tables(record):
-                console.print(table)
+            write_record(new_record(experiment, results, seconds, command), folder)
             progress.stop_task(task)
-    console.print(summary_table(write_summary(options.output)))
-    console.print(f"Records, plots and summary.md: {os.path.relpath(options.output)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(arguments)
+    experiments = _chosen(parser, options)
+    console = Console(highlight=False)
+    if not options.report:
+        # More threads would add in another order, and each run would give other figures.
+        torch.set_num_threads(1)
+        command = shlex.join(["python", "-m", __package__ or "benchmarks.paper", *arguments])
+        _run(experiments, options.output, command, console)
+    report({experiment.name for experiment in experiments}, options.output, console)
     return 0
 
 

@@ -59,7 +59,6 @@ class Experiment(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
-    device: ClassVar[str] = "cpu"
 
     seeds: int = 5
     """How often everything random is drawn anew."""

@@ -57,7 +57,7 @@ class ImageClassification(Experiment):
     data: str = "digits"
     folder: str | None = None
     """Where CIFAR-10 is, for ``data="cifar10"``."""
-    device: str = "cpu"  # type: ignore[misc]
+    device: str = "cpu"
     width: int = 16
     stages: tuple[int, int] = (3, 3)
     """Of ResNet and of VGG."""

@@ -27,14 +27,15 @@ def new_record(
     experiment: Experiment, results: dict[str, Any], seconds: float, command: str
 ) -> dict[str, Any]:
     """Return results with everything that has to be known to read them."""
-    where = environment(torch.device(experiment.device), command)
+    settings = asdict(experiment)
+    where = environment(torch.device(settings.get("device", "cpu")), command)
     for package in ("scikit-learn", "scipy"):
         where["versions"][package] = metadata.version(package)
     where["cores"] = os.cpu_count()
     return {
         "experiment": experiment.name,
         "title": experiment.title,
-        "settings": asdict(experiment),
+        "settings": settings,
         "environment": where,
         "seconds": round(seconds, 1),
         "results": results,

@@ -8,11 +8,20 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from .catalogue import EXPERIMENTS
+from .catalogue import in_order
 from .experiment import Claim, Verdict
-from .record import RESULTS, read_records
+from .record import RESULTS, file_stem, read_records
 
-__all__ = ["BEGIN", "DOCUMENT", "END", "Judged", "as_markdown", "judge", "summary_table", "write"]
+__all__ = [
+    "BEGIN",
+    "DOCUMENT",
+    "END",
+    "Judged",
+    "as_markdown",
+    "judge",
+    "summary_table",
+    "write_summary",
+]
 
 Judged = tuple[str, Claim]
 """The stem of a record's file, and a claim that was judged by it."""
@@ -23,6 +32,12 @@ END = "<!-- End of the claims. -->"
 
 # What no experiment here could decide.
 UNTESTABLE = [
+    Claim(
+        "3.1, corollary 1",
+        "SGDM's trajectory is smoother than VSGD's",
+        Verdict.NOT_TESTABLE,
+        "no measure of smoothness is given, and the appendix that should show it is not there",
+    ),
     Claim(
         "3.3",
         "Theorem 3.1: a bound on the gradients of AdamAL",
@@ -39,12 +54,11 @@ STYLES = {
 
 def judge(folder: Path) -> list[Judged]:
     """Return all claims of the experiments whose records lie in ``folder``, in their order."""
-    records = read_records(folder)
-    found: list[Judged] = []
-    for name, experiment in EXPERIMENTS.items():
-        for stem, record in records.items():
-            if record["experiment"] == name:
-                found += [(stem, claim) for claim in experiment.claims(record)]
+    found: list[Judged] = [
+        (file_stem(record), claim)
+        for experiment, record in in_order(read_records(folder))
+        for claim in experiment.claims(record)
+    ]
     return [*found, *(("", claim) for claim in UNTESTABLE)]
 
 
@@ -75,7 +89,7 @@ def as_markdown(judged: list[Judged], results: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path) -> list[Judged]:
+def write_summary(folder: Path) -> list[Judged]:
     """Write ``summary.md`` into ``folder``, and into ``docs/method.md`` if they are its results."""
     judged = judge(folder)
     title = (
