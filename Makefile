@@ -13,7 +13,7 @@ NATIVE := setup.py pyproject.toml $(wildcard csrc/*)
 PACKAGE := $(shell find adamal_kernels -name '*.py')
 
 .NOTPARALLEL:
-.PHONY: help demo test bench bench-check build cuda-build gpu-check lint format clean
+.PHONY: help demo test bench bench-check paper build cuda-build gpu-check lint format clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -31,6 +31,9 @@ bench: build  ## Time a step against torch's, table and plot in benchmarks/resul
 
 bench-check: build  ## Compare the host's instructions per tensor with those recorded; needs valgrind.
 	$(RUN)/python benchmarks/host_instructions.py
+
+paper: build  ## Test the paper's claims, records and plots in benchmarks/paper/results/. PAPER_ARGS are passed on.
+	$(RUN)/python -m benchmarks.paper $(PAPER_ARGS)
 
 build: $(VENV)/.built  ## Build the extensions in place: C++, and CUDA given nvcc and a CUDA torch.
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import triton_interpreter
 from support import DEVICES, PLACES, Place
+
+# For tests of benchmarks/, whichever way pytest was started. Last: where a copy of the package is
+# under test, it goes first.
+sys.path.append(str(Path(__file__).parents[1]))
 
 try:
     from hypothesis import settings

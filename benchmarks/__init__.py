@@ -1,0 +1,1 @@
+"""Benchmarks: of the step (`make bench`), of the host's work, and of the paper's claims."""
