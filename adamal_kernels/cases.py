@@ -46,6 +46,10 @@ _VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"projection": None},
     ),
+    "capturable": (
+        {"lr": 5e-2, "capturable": True, "weight_decay": 0.1, "projection": Box(-0.3, 0.7)},
+        {"decoupled_weight_decay": True, "maximize": True},
+    ),
     "lr 0 does not project": ({"lr": 0.0, "projection": Box(-0.1, 0.1)}, {"lr": 1e-2}),
 }
 
