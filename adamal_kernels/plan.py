@@ -140,10 +140,9 @@ class Plan:
 
         inputs = self._complete(inputs, buckets.values())
         factor: float | Tensor = 1.0
-        on_device = [key.device_scalars for _, key in buckets]
-        if not all(on_device):
+        if not all(key.device_scalars for _, key in buckets):
             factor, skip = inputs.factor_on_host()
-            if skip and not any(on_device):
+            if skip:
                 if inputs.skipped_steps is not None:
                     inputs.skipped_steps.add_(1)
                 return False
