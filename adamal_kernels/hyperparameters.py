@@ -121,7 +121,7 @@ class StepInputs(NamedTuple):
     def factor_on_device(self) -> GradientFactor:
         """Return :func:`gradient_factor` of these inputs as float64 tensors."""
         scale, inf, norm = (
-            None if tensor is None else tensor.detach().double().reshape(()) for tensor in self[:3]
+            None if tensor is None else tensor.double().reshape(()) for tensor in self[:3]
         )
         return gradient_factor(scale, inf, norm, self.max_grad_norm)
 
