@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import Place, name_of, refused
+from test_steady_state import Pair, checked
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -22,6 +23,8 @@ from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
 from adamal_kernels.hyperparameters import StepInputs, StepOptions
 from adamal_kernels.plan import Plan
 from adamal_kernels.verify import different_values, same_bits
+
+__all__ = ["checked"]  # a fixture
 
 SHAPES = ((3, 5), (0,), (), (2, 3, 4, 5), (2100,))
 CLASSES = (AdamAL, AdamALW, Adam, AdamW)
@@ -222,6 +225,35 @@ def test_a_norm_that_is_not_finite_skips_the_step_whole(
         assert different_values(values_of(optimizer, ours), values_of(reference, theirs)) == []
     assert optimizer.skipped_steps.dtype == torch.int64
     assert reference.skipped_steps.item() == 0
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_skipped_or_not_steps_are_repeated_without_python(
+    checked: list[str], on_device: bool
+) -> None:
+    def spoil_last(optimizer: Any, params: list[Tensor]) -> None:
+        for p in params:
+            p.grad = torch.ones_like(p, requires_grad=False)
+        params[-1].grad[-1] = math.nan
+        optimizer.step()
+
+    def told_of_infinity(optimizer: Any, params: list[Tensor]) -> None:
+        params[-1].grad[-1] = 1
+        optimizer.found_inf = torch.ones(())
+        optimizer.step()
+        optimizer.found_inf = torch.zeros(())
+        optimizer.grad_scale = torch.full((1,), 3.0)
+
+    pair = Pair(max_grad_norm=2.0, capturable=on_device)
+    pair.step(2)
+    checked.clear()
+    for change in (spoil_last, told_of_infinity, spoil_last):
+        pair.both(change)
+        pair.assert_equal()
+        pair.step(2)
+        pair.assert_equal()
+    assert [optimizer.skipped_steps.item() for optimizer in pair.optimizers] == [3, 3]
+    assert checked == []
 
 
 def test_the_count_of_skipped_steps_is_a_copy(place: Place) -> None:

@@ -108,7 +108,7 @@ def error_inputs() -> Iterator[Any]:
             yield pytest.param(cls, number, id=f"{cls.__name__}-{given.optimizer_error_input.desc}")
 
 
-@pytest.mark.parametrize(("cls", "number"), error_inputs())
+@pytest.mark.parametrize(("cls", "number"), list(error_inputs()))
 def test_torchs_own_error_inputs(cls: type, number: int) -> None:
     """The same type of error, in words that hold torch's."""
     given: ErrorOptimizerInput = TWINS[cls][2](torch.device("cpu"), torch.float32)[number]
