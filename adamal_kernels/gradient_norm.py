@@ -62,7 +62,7 @@ def ordered_sum(values: Sequence[Tensor]) -> Tensor:
 def _squared_norm(grad: Tensor, chunk: int) -> Tensor:
     if grad.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=grad.device)
-    flat = grad.detach().as_strided((grad.numel(),), (1,)).double()
+    flat = grad.as_strided((grad.numel(),), (1,)).double()
     chunks = _tree(_rows(flat * flat, chunk))
     lanes, *more = _rows(chunks, LANES).unbind()
     for row in more:

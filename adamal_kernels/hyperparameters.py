@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +29,8 @@ __all__ = [
 
 Number = TypeVar("Number", float, Tensor)
 
-# Counts are float32: they end at 2^24.
-_COUNT_BITS = 25
+# More than the largest count that a steady step takes (kMostSteps in csrc/steady_state.cpp).
+_COUNT_BITS = 40
 # torch.nn.utils.clip_grad_norm_ adds it to the norm.
 _CLIP_EPS = 1e-6
 
@@ -120,7 +121,7 @@ class StepInputs(NamedTuple):
     def factor_on_device(self) -> GradientFactor:
         """Return :func:`gradient_factor` of these inputs as float64 tensors."""
         scale, inf, norm = (
-            None if tensor is None else tensor.detach().double().reshape(()) for tensor in self[:3]
+            None if tensor is None else tensor.double().reshape(()) for tensor in self[:3]
         )
         return gradient_factor(scale, inf, norm, self.max_grad_norm)
 
@@ -145,7 +146,7 @@ def beta_power(beta: float | Tensor, exponent: int | Tensor) -> float | Tensor:
 
     Args:
         beta: a number or a float64 tensor.
-        exponent: a number, at least 0, or an int64 tensor of numbers below ``2**25``.
+        exponent: a number, at least 0, or an int64 tensor of numbers below ``2**40``.
 
     Example:
         >>> beta_power(0.5, 10)
@@ -250,6 +251,10 @@ def _divide(first: float | Tensor, second: float | Tensor) -> float | Tensor:
         second = torch.as_tensor(second, dtype=torch.float64, device=first.device)
     elif isinstance(second, Tensor):
         first = torch.as_tensor(first, dtype=torch.float64, device=second.device)
+    elif second == 0:
+        # A GradScaler's scale that has backed off to nothing. Python raises, all others divide.
+        with np.errstate(all="ignore"):
+            return float(np.float64(first) / second)
     return first / second
 
 

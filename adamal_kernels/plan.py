@@ -93,7 +93,9 @@ class Plan:
             self._steady_state = None
         options = [read_options(group) for group in param_groups]
         if any(o.differentiable for o in options):
-            self._checked_step(param_groups, options, state, inputs)
+            # As torch has it, also in a loop that calls step() under no_grad.
+            with torch.enable_grad():
+                self._checked_step(param_groups, options, state, inputs)
             return
         # Out of inference mode, so that new state is made of ordinary tensors.
         with torch.inference_mode(False), torch.no_grad():
@@ -140,10 +142,9 @@ class Plan:
 
         inputs = self._complete(inputs, buckets.values())
         factor: float | Tensor = 1.0
-        on_device = [key.device_scalars for _, key in buckets]
-        if not all(on_device):
+        if not all(key.device_scalars for _, key in buckets):
             factor, skip = inputs.factor_on_host()
-            if skip and not any(on_device):
+            if skip:
                 if inputs.skipped_steps is not None:
                     inputs.skipped_steps.add_(1)
                 return False
@@ -203,7 +204,7 @@ class Plan:
         if grad_scale is not None:
             scale = grad_scale.detach().double().reshape(()).to(norm.device, non_blocking=True)
             norm = norm * scale.reciprocal()
-        self.grad_norm = norm
+        self.grad_norm = norm.detach()
         return norm
 
     @staticmethod
@@ -298,6 +299,11 @@ def _check_entry(
         raise RuntimeError(
             f"{where} was made in inference mode and cannot be changed; clone() it outside"
         )
+    if options.differentiable and param.is_leaf and param.requires_grad:
+        raise RuntimeError(
+            f"{where}: a leaf Variable that requires grad is being used in an in-place operation. "
+            "With differentiable=True, step a clone() of it, which is part of the graph"
+        )
     if param.is_meta:
         raise RuntimeError(
             f"{where} is on meta and holds no values; give the model memory (to_empty, then load "
@@ -383,7 +389,8 @@ def _key_without_grad(
 ) -> BucketKey:
     """Return the key of a parameter whose gradient is not there to be asked for its type."""
     dtype = real_dtype(param.dtype)
-    grad_dtype = real_dtype(getattr(param, "grad_dtype", None) or param.dtype)
+    # torch tells it of leaves only; others are stepped with differentiable=True.
+    grad_dtype = real_dtype((param.is_leaf and param.grad_dtype) or param.dtype)
     on_device = _derives_on_device(param, options, held, StepInputs())
     pair = DtypePair(dtype, grad_dtype)
     return BucketKey(param.device, pair, options.second_moment, on_device)

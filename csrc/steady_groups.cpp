@@ -16,6 +16,11 @@ namespace {
 
 bool is_tensor(PyObject* object) { return THPVariable_Check(object); }
 
+bool is_floating_number(const at::Tensor& tensor) {
+  return tensor.numel() == 1 &&
+         (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
+}
+
 bool holds_tensor(PyObject* value) {
   if (PyTuple_CheckExact(value)) {
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
@@ -36,8 +41,7 @@ double number_in_range(PyObject* object, double below) {
     if (PyErr_Occurred()) PyErr_Clear();  // too large: -1, out of every range
   } else if (is_tensor(object)) {
     const at::Tensor& tensor = THPVariable_Unpack(object);
-    const bool is_number = tensor.numel() == 1 && tensor.is_cpu() && tensor.is_floating_point();
-    if (is_number) number = tensor.item<double>();
+    if (tensor.is_cpu() && is_floating_number(tensor)) number = tensor.item<double>();
   }
   return number >= 0 && number < below ? number : kNone;
 }
@@ -52,9 +56,7 @@ bool read_scalar(PyObject* object, double below, std::optional<c10::Device> devi
   *address = {};
   if (device && is_tensor(object) && !THPVariable_Unpack(object).is_cpu()) {
     const at::Tensor& tensor = THPVariable_Unpack(object);
-    const bool fits = tensor.numel() == 1 && tensor.device() == *device &&
-                      (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
-    if (!fits) return false;
+    if (tensor.device() != *device || !is_floating_number(tensor)) return false;
     *address = {tensor.const_data_ptr(), tensor.scalar_type() == at::kDouble};
     return true;
   }
@@ -208,6 +210,7 @@ bool SteadyGroups::take_over(BoundOptions& options, Kind kind, PyObject* value) 
       return read_scalar(value, kInfinity, options.device, &step.options.lr, &step.lr);
     case Kind::betas:
       return PyTuple_CheckExact(value) && PyTuple_GET_SIZE(value) == 2 &&
+             is_tensor(PyTuple_GET_ITEM(value, 0)) == is_tensor(PyTuple_GET_ITEM(value, 1)) &&
              read_scalar(PyTuple_GET_ITEM(value, 0), 1, options.device, &step.options.beta1,
                          &step.beta1) &&
              read_scalar(PyTuple_GET_ITEM(value, 1), 1, options.device, &step.options.beta2,

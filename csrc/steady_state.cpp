@@ -125,6 +125,7 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
     step.steps_storage = step.steps.storage().unsafeGetStorageImpl();
     step.counts = step.steps.mutable_data_ptr<float>();
     step.on_device = on_device.at(i);
+    step.host_counts = step.steps.is_cpu();
   }
 
   std::unordered_map<PyObject*, int64_t> member_of;
@@ -385,8 +386,7 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
                            tensor.storage_offset() == static_cast<int64_t>(member.slot) &&
                            tensor.dtype() == caffe2::TypeMeta::Make<float>() && tensor.numel() == 1;
       if (!is_ours) return false;
-      // Counts on the device are not read: that would be to wait for it.
-      const bool counts = step.on_device ||
+      const bool counts = !step.host_counts ||
                           (step.counts[member.slot] >= 0 && step.counts[member.slot] <= kMostSteps);
       if (!counts) return false;
       continue;

@@ -104,8 +104,9 @@ class SteadyState {
     std::vector<DeviceOptions> options;  // that rows index, where on_device
     at::Tensor steps;
     const c10::StorageImpl* steps_storage;
-    float* counts;  // on the host, unless on_device
+    float* counts;
     bool on_device;
+    bool host_counts;  // else they are not read: that would be to wait for the device
     bool has_grads;
   };
   struct LastRow {

@@ -101,7 +101,6 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
 ]
 
 CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
-    ({"fused": True, "foreach": True}, ["fused=True and foreach=True"]),
     *[
         ({"fused": True, "backend": name}, [f"fused=True and backend={name!r}"])
         for name in ("foreach", "reference")
@@ -115,14 +114,29 @@ CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
         for name in ("cuda", "triton", "cpu", "reference")
     ],
     ({"foreach": False, "backend": "foreach"}, ["foreach=False and backend='foreach'"]),
-    ({"differentiable": True, "fused": True}, ["differentiable=True and fused=True"]),
     ({"differentiable": True, "foreach": True}, ["only backend='reference'", "foreach=True"]),
     ({"differentiable": True, "backend": "cpu"}, ["only backend='reference'", "backend='cpu'"]),
 ]
 
-ALL_OPTIONS = OPTIONS + [
-    (options, ValueError, [*words, "contradict", "set only backend"])
-    for options, words in CONTRADICTIONS
+# Those of torch are of its type.
+TORCHS_CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
+    (
+        {"fused": True, "foreach": True},
+        ["`fused` and `foreach` cannot be `True` together", "set only backend"],
+    ),
+    (
+        {"fused": True, "differentiable": True},
+        ["`fused` does not support `differentiable`", "backend='reference'", "fused=None"],
+    ),
+]
+
+ALL_OPTIONS = [
+    *OPTIONS,
+    *[
+        (options, ValueError, [*words, "contradict", "set only backend"])
+        for options, words in CONTRADICTIONS
+    ],
+    *[(options, RuntimeError, words) for options, words in TORCHS_CONTRADICTIONS],
 ]
 
 

@@ -74,17 +74,24 @@ def check_request(
 
     Raises:
         TypeError: ``fused`` or ``foreach`` is neither a bool nor None.
-        ValueError: ``backend`` names none, or the three contradict each other.
+        ValueError: ``backend`` names none, or they contradict each other.
+        RuntimeError: ``fused`` and ``foreach``, or ``fused`` and ``differentiable``.
     """
     if backend not in BACKEND_NAMES:
         raise ValueError(f"backend: {backend!r} is unknown; use one of {', '.join(BACKEND_NAMES)}")
     for name, value in (("fused", fused), ("foreach", foreach)):
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"{name} must be True, False or None, got {value!r}")
-    contradiction = None
+    # torch's own errors, of its type and in its words.
     if fused and foreach:
-        contradiction = "fused=True and foreach=True"
-    elif fused and backend in ("foreach", "reference"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together; set only backend")
+    if fused and differentiable:
+        raise RuntimeError(
+            "`fused` does not support `differentiable`; only backend='reference' does: leave "
+            "fused=None"
+        )
+    contradiction = None
+    if fused and backend in ("foreach", "reference"):
         contradiction = f"fused=True and backend={backend!r}"
     elif fused is False and backend in FUSED:
         contradiction = f"fused=False and backend={backend!r}"
@@ -92,8 +99,6 @@ def check_request(
         contradiction = f"foreach=True and backend={backend!r}"
     elif foreach is False and backend == "foreach":
         contradiction = f"foreach=False and backend={backend!r}"
-    elif differentiable and fused:
-        contradiction = "differentiable=True and fused=True (`fused` does not support it)"
     elif differentiable and (foreach or backend not in ("auto", "reference")):
         asked = "foreach=True" if foreach else f"backend={backend!r}"
         contradiction = f"differentiable=True, which only backend='reference' can do, and {asked}"

@@ -34,16 +34,19 @@ def device_rows(
         taken = (~skip).to(torch.float32)
         if source.inputs.skipped_steps is not None:
             source.inputs.skipped_steps.add_(skip)
-    options = [_as_tensors(o, device) for o in source.options]
-    derived = []
-    for step, row in zip(source.steps, rows, strict=True):
-        count = step.detach().reshape(()).to(torch.int64) + 1
-        scalars = derive_step_scalars(count, options[row], factor)
-        derived.append(StepScalars(*(_rounded(scalar, dtype, device) for scalar in scalars)))
+    tensors_of: list[list[int]] = [[] for _ in source.options]
+    for i, row in enumerate(rows):
+        tensors_of[row].append(i)
+    derived: dict[int, StepScalars] = {}
+    for options, tensors in zip(source.options, tensors_of, strict=True):
+        counts = torch.stack([source.steps[i].detach() for i in tensors]).to(torch.int64) + 1
+        scalars = derive_step_scalars(counts, _as_tensors(options, device), factor)
+        columns = [_rounded(s, dtype, device).expand(len(tensors)).unbind() for s in scalars]
+        derived.update(zip(tensors, map(StepScalars, *columns), strict=True))
     with torch.no_grad():
         for step in source.steps:
             step.add_(taken)
-    return derived, skip if isinstance(skip, Tensor) else None
+    return [derived[i] for i in range(len(rows))], skip if isinstance(skip, Tensor) else None
 
 
 def _rounded(scalar: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -53,11 +53,16 @@ class ReferenceBackend:
             rows,
             strict=True,
         ):
-            moved = _step_tensor(
+            targets = [exp_avg, exp_avg_sq, max_exp_avg_sq, param]
+            if torch.is_grad_enabled():
+                # Autograd keeps what the formula reads, and does without what is changed since.
+                param, exp_avg, exp_avg_sq = (t.clone() for t in (param, exp_avg, exp_avg_sq))
+            values = _step_tensor(
                 param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, row, bucket.key.second_moment
             )
-            for target, value in moved:
-                target.copy_(value if skip is None else torch.where(skip, target, value))
+            for target, value in zip(targets, values, strict=True):
+                if target is not None and value is not None:
+                    target.copy_(value if skip is None else torch.where(skip, target, value))
 
 
 def _step_tensor(
@@ -68,8 +73,8 @@ def _step_tensor(
     max_exp_avg_sq: Tensor | None,
     s: StepScalars,
     second_moment: SecondMoment,
-) -> list[tuple[Tensor, Tensor]]:
-    """Return each tensor that the step changes, with its new value; ``s`` are tensors."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return the new moments, maximum and parameter; ``s`` are tensors."""
     dtype = compute_dtype(param.dtype)
     g = grad.to(dtype) * s.grad_factor
     p = param.to(dtype)
@@ -86,14 +91,13 @@ def _step_tensor(
     else:
         # As a sum: accurate where v falls far, which the difference is not if beta2 is small.
         v = s.beta2 * exp_avg_sq + s.one_minus_beta2 * g2
-    moved = [(exp_avg, m), (exp_avg_sq, v)]
+    maximum = None
     if max_exp_avg_sq is not None:
-        v = torch.where(v > max_exp_avg_sq, v, max_exp_avg_sq)
-        moved.append((max_exp_avg_sq, v))
+        maximum = torch.where(v > max_exp_avg_sq, v, max_exp_avg_sq)
 
-    d = rounded_sqrt(v) / s.bias2_sqrt + s.eps
+    d = rounded_sqrt(v if maximum is None else maximum) / s.bias2_sqrt + s.eps
     # Gradient and moments all zero with eps=0: the paper divides 0 by 0, the parameter stays.
     quotient = torch.where((m == 0) & (d == 0), 0.0, m / d)
     p = p - s.step_size * quotient
     p = torch.where(p < s.lower, s.lower, torch.where(p > s.upper, s.upper, p))
-    return [*moved, (param, p)]
+    return m, v, maximum, p

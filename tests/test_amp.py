@@ -1,0 +1,268 @@
+"""Mixed precision: torch.amp.GradScaler leaves unscaling and skipping to the step itself."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from support import Place, name_of
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn.utils import clip_grad_norm_
+
+from adamal_kernels import Adam, AdamAL, AdamALW, AdamW, Box
+from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
+from adamal_kernels.verify import different_values, same_bits
+
+STEPS = 12
+# A step's gradients are infinite: in the first, that has no state yet, in two running, and where
+# nothing is checked in Python any more.
+INFINITE = (0, 4, 5, 9)
+
+
+@pytest.fixture(autouse=True)
+def the_cpu_is_there(place: Place) -> None:
+    if place.device.type != "cpu":
+        pytest.skip("the scaler and the losses are the CPU's")
+
+
+def new_scaler(scale: float = 2.0**12) -> GradScaler:
+    """Return a scaler that grows and backs off within a few steps."""
+    return GradScaler("cpu", init_scale=scale, growth_interval=2)
+
+
+def new_params(dtypes: DtypePair = DTYPE_PAIRS[0]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    params = []
+    for shape in ((3, 4), (7,), (), (0,), (2050,)):
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        params.append(values.to(dtypes.param).requires_grad_())
+        params[-1].grad_dtype = dtypes.grad
+    return params
+
+
+def loss_of(params: Iterable[Tensor], seed: int) -> Tensor:
+    """Return a loss whose gradients do not depend on the parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in params]
+    loss = sum((p * f.to(p.dtype)).sum() for p, f in zip(params, factors, strict=True))
+    assert isinstance(loss, Tensor)
+    return loss.float() * (math.inf if seed in INFINITE else 1.0)
+
+
+def values_of(optimizer: Any, params: list[Tensor]) -> list[dict[str, Tensor]]:
+    """Return parameters, and the state of those that have taken a step."""
+    states = [optimizer.state.get(param, {}) for param in params]
+    stepped = [state if state and state["step"] > 0 else {} for state in states]
+    return [{"param": p.detach(), **held} for p, held in zip(params, stepped, strict=True)]
+
+
+def train(scaler: GradScaler, optimizer: Any, params: list[Tensor], seed: int) -> None:
+    optimizer.zero_grad()
+    scaler.scale(loss_of(params, seed)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize("scale", [2.0**12, 3000.0])
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize(("cls", "twin"), [(Adam, torch.optim.Adam), (AdamW, torch.optim.AdamW)])
+def test_it_follows_torch_under_autocast(
+    place: Place, cls: type, twin: type, amsgrad: bool, scale: float
+) -> None:
+    """The scale grows and backs off alike, the same steps are skipped."""
+    models, scalers = [], [new_scaler(scale), new_scaler(scale)]
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(nn.Linear(6, 5))
+    options = {"lr": 0.05, "weight_decay": 0.1, "amsgrad": amsgrad}
+    optimizers = [
+        cls(models[0].parameters(), backend=place.backend, **options),
+        twin(models[1].parameters(), foreach=False, fused=False, **options),
+    ]
+    scales = []
+    for step in range(STEPS):
+        inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        for model, optimizer, scaler in zip(models, optimizers, scalers, strict=True):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                outputs = model(inputs)
+            assert outputs.dtype == torch.bfloat16
+            # Linear, so that the two do not drift apart by more than their own roundings.
+            loss = outputs.float().mean() * (math.inf if step in INFINITE else 1.0)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        scales.append(scalers[0].get_scale())
+        assert scalers[0].state_dict() == scalers[1].state_dict()
+        for our, their in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(our, their)
+            states = [o.state[p] for o, p in zip(optimizers, (our, their), strict=True)]
+            torch.testing.assert_close(*map(dict, states))
+    changes = [math.log2(after / before) for before, after in itertools.pairwise(scales)]
+    assert (min(changes), max(changes)) == (-1, 1)
+    assert optimizers[0].skipped_steps.item() == len(INFINITE)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("cls", [AdamAL, AdamALW])
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=name_of)
+def test_it_is_the_plain_step_with_unscaled_gradients(
+    place: Place, dtypes: DtypePair, cls: type, capturable: bool
+) -> None:
+    """To the bit, as scales are powers of two; 16-bit gradients of 32-bit parameters included."""
+    place.skip_unless_supported(dtypes)
+    ours, theirs = new_params(dtypes), new_params(dtypes)
+    options = {"lr": 0.05, "weight_decay": 0.1, "projection": Box(-1, 1)}
+    optimizer = cls(ours, backend=place.backend, capturable=capturable, **options)
+    reference = cls(theirs, backend="reference", **options)
+    # Small, for float16: gradients must lose nothing when they are scaled.
+    scaler = new_scaler(4.0)
+    for step in range(STEPS):
+        train(scaler, optimizer, ours, step)
+        if step not in INFINITE:
+            reference.zero_grad()
+            loss_of(theirs, step).backward()
+            reference.step()
+        assert different_values(values_of(optimizer, ours), values_of(reference, theirs)) == []
+        assert optimizer.skipped_steps.item() == sum(s <= step for s in INFINITE)
+
+
+@pytest.mark.parametrize("scale", [4.0, 3.7])
+def test_any_scale_gives_the_same_bits(place: Place, scale: float) -> None:
+    results = []
+    for backend in (place.backend, "reference"):
+        params, scaler = new_params(), new_scaler(scale)
+        optimizer = AdamAL(params, lr=0.05, backend=backend, max_grad_norm=2.0)
+        for step in range(STEPS):
+            train(scaler, optimizer, params, step)
+        results.append(values_of(optimizer, params))
+    assert different_values(*results) == []
+
+
+def test_gradients_stay_scaled(place: Place) -> None:
+    params, scaler = new_params(), new_scaler()
+    optimizer = AdamAL(params, backend=place.backend)
+    for step in (1, 2, 3):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(params, step)).backward()
+        before = [param.grad.clone() for param in params]
+        saved = scaler.state_dict()
+        scaler.step(optimizer)
+        assert scaler.state_dict() == saved
+        scaler.update()
+        assert all(same_bits(p.grad, grad) for p, grad in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("max_norm", [1.0, math.inf])
+def test_unscaled_before_the_step(place: Place, max_norm: float) -> None:
+    """For clipping in between: the step is told of no scale then, and still of infinities."""
+    ours, theirs, scaler = new_params(), new_params(), new_scaler()
+    optimizer = AdamAL(ours, lr=0.05, backend=place.backend)
+    reference = AdamAL(theirs, lr=0.05, backend="reference")
+    told = []
+    optimizer.register_step_pre_hook(lambda o, a, k: told.append((o.grad_scale, o.found_inf)))
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(ours, step)).backward()
+        scaler.unscale_(optimizer)
+        clip_grad_norm_(ours, max_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        if step not in INFINITE:
+            reference.zero_grad()
+            loss_of(theirs, step).backward()
+            clip_grad_norm_(theirs, max_norm)
+            reference.step()
+        assert told[-1][0] is None
+        assert bool(told[-1][1]) is (step in INFINITE)
+    assert len(told) == STEPS
+    assert different_values(values_of(optimizer, ours), values_of(reference, theirs)) == []
+
+
+def test_two_backward_passes_are_accumulated(place: Place) -> None:
+    ours, theirs, scaler = new_params(), new_params(), new_scaler()
+    optimizer = AdamAL(ours, lr=0.05, backend=place.backend)
+    reference = AdamAL(theirs, lr=0.05, backend="reference")
+    for step in range(5):
+        for both in (optimizer, reference):
+            both.zero_grad()
+        infinite = False
+        for seed in (2 * step, 2 * step + 1):
+            scaler.scale(loss_of(ours, seed)).backward()
+            loss_of(theirs, seed).backward()
+            infinite |= seed in INFINITE
+        scaler.step(optimizer)
+        scaler.update()
+        if not infinite:
+            reference.step()
+    assert optimizer.skipped_steps.item() == 3
+    assert different_values(values_of(optimizer, ours), values_of(reference, theirs)) == []
+
+
+def test_two_optimizers_of_one_scaler(place: Place) -> None:
+    """Each skips for its own gradients; the scale backs off for either."""
+    scaler = new_scaler()
+    ours = [new_params(), new_params()]
+    optimizers = [AdamAL(params, lr=0.05, backend=place.backend) for params in ours]
+    finite = (1, 2, 3)
+    for step, (first, second) in enumerate(((1, 1), (INFINITE[0], 2), (INFINITE[1], 3))):
+        for params, seed in zip(ours, (first, second), strict=True):
+            for param in params:
+                param.grad = None
+            scaler.scale(loss_of(params, seed)).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        assert [o.skipped_steps.item() for o in optimizers] == [step, 0]
+    assert scaler.get_scale() == 2.0**10
+    for optimizer, params, seeds in zip(optimizers, ours, (finite[:1], finite), strict=True):
+        theirs = new_params()
+        reference = AdamAL(theirs, lr=0.05, backend="reference")
+        for seed in seeds:
+            reference.zero_grad()
+            loss_of(theirs, seed).backward()
+            reference.step()
+        assert different_values(values_of(optimizer, params), values_of(reference, theirs)) == []
+
+
+def test_steps_with_and_without_a_scaler_in_turn(place: Place) -> None:
+    """A scale is for the step it was set for, and a scaler that is not enabled sets none."""
+    ours, theirs, scaler = new_params(), new_params(), new_scaler()
+    optimizer = AdamAL(ours, lr=0.05, backend=place.backend)
+    reference = AdamAL(theirs, lr=0.05, backend="reference")
+    for step in (1, 2, 3, 6, 7, 8):
+        train(
+            GradScaler("cpu", enabled=step % 2 == 0) if step > 3 else scaler, optimizer, ours, step
+        )
+        optimizer.zero_grad()
+        loss_of(ours, 100 + step).backward()
+        optimizer.step()
+        for seed in (step, 100 + step):
+            reference.zero_grad()
+            loss_of(theirs, seed).backward()
+            reference.step()
+    assert different_values(values_of(optimizer, ours), values_of(reference, theirs)) == []
+
+
+def test_a_scale_set_by_hand(place: Place) -> None:
+    """torch's scaler multiplies what the user has set; without one, it is taken as it is."""
+    ours, theirs = new_params(), new_params()
+    optimizer = AdamAL(ours, lr=0.05, backend=place.backend)
+    reference = AdamAL(theirs, lr=0.05, backend="reference")
+    for step in (1, 2, 3):
+        for both, params, factor in ((optimizer, ours, 8.0), (reference, theirs, 1.0)):
+            both.zero_grad()
+            (loss_of(params, step) * factor).backward()
+        optimizer.grad_scale = torch.tensor([8.0])
+        optimizer.found_inf = torch.tensor([0.0])
+        optimizer.step()
+        reference.step()
+    optimizer.found_inf = torch.tensor([1.0])
+    optimizer.step()
+    assert optimizer.skipped_steps.item() == 1
+    assert different_values(values_of(optimizer, ours), values_of(reference, theirs)) == []

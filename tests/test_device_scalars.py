@@ -1,0 +1,338 @@
+"""Scalars derived where the step runs: the bits of those that the host derives."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import Place
+from test_steady_state import Pair, checked, skip_all, with_gradients_missing
+from torch import Tensor
+
+from adamal_kernels import AdamAL, Box
+from adamal_kernels.cases import Case, cases
+from adamal_kernels.dtypes import DTYPE_PAIRS
+from adamal_kernels.hyperparameters import (
+    StepOptions,
+    beta_power,
+    derive_step_scalars,
+    gradient_factor,
+)
+from adamal_kernels.verify import Values, different_values, run_case, same_bits
+
+__all__ = ["checked"]  # a fixture
+
+STEPS = 6
+BETAS = (0.0, 0.1, 0.5, 0.9, 0.95, 0.99, 0.999, 0.9999, 1 - 2.0**-53)
+# The last is where float32 counts end.
+EXPONENTS = (*range(1000), 4095, 4096, 4097, 65535, 10**5, 10**6 + 1, 2**23 - 1, 2**24)
+
+
+def bits_of(value: Any) -> list[str]:
+    """Return the bits of a number, or of each number in a tensor."""
+    values = value.flatten().tolist() if isinstance(value, Tensor) else [value]
+    return [float(number).hex() for number in values]
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_beta_power_of_tensors_is_that_of_numbers(beta: float) -> None:
+    exponents = torch.tensor(EXPONENTS)
+    expected = [beta_power(beta, exponent) for exponent in EXPONENTS]
+    for base in (beta, torch.tensor(beta, dtype=torch.float64)):
+        found = beta_power(base, exponents)
+        assert found.dtype == torch.float64
+        assert bits_of(found) == [power.hex() for power in expected]
+
+
+finite = {"allow_nan": False, "allow_infinity": False}
+OPTIONS = st.builds(
+    StepOptions,
+    lr=st.floats(0, **finite),
+    beta1=st.floats(0, 1, exclude_max=True),
+    beta2=st.floats(0, 1, exclude_max=True),
+    eps=st.floats(0, **finite),
+    weight_decay=st.floats(0, **finite),
+    decoupled_weight_decay=st.booleans(),
+    maximize=st.booleans(),
+    bias_correction=st.booleans(),
+    lower=st.sampled_from([-math.inf, -1.0]),
+    upper=st.sampled_from([1.0, math.inf]),
+)
+
+
+def as_tensors(options: StepOptions, names: list[str]) -> StepOptions:
+    values = {name: torch.tensor(getattr(options, name), dtype=torch.float64) for name in names}
+    return options._replace(**values)
+
+
+@given(
+    OPTIONS,
+    st.lists(st.integers(1, 2**24), min_size=1, max_size=4),
+    st.floats(),
+    st.sets(st.sampled_from(["lr", "beta1", "beta2", "eps", "weight_decay"])),
+)
+def test_scalars_of_tensors_are_those_of_numbers(
+    options: StepOptions, steps: list[int], factor: float, names: set[str]
+) -> None:
+    """Whichever of them are tensors; counts as a vector have a row of scalars each."""
+    rows = [derive_step_scalars(step, options, factor) for step in steps]
+    found = derive_step_scalars(
+        torch.tensor(steps),
+        as_tensors(options, sorted(names)),
+        torch.tensor(factor, dtype=torch.float64),
+    )
+    for name, value in found._asdict().items():
+        numbers = bits_of(value)
+        expected = [bits_of(getattr(row, name))[0] for row in rows]
+        assert expected == (numbers if len(numbers) == len(rows) else numbers * len(rows)), name
+
+
+# What GradScaler and a norm may be, the ends of their ranges included.
+SCALES = st.none() | st.floats(0, width=32)
+NORMS = st.none() | st.floats(0) | st.just(math.nan)
+
+
+@given(SCALES, st.sampled_from([None, 0.0, 1.0, 2.0]), NORMS, st.floats(0, exclude_min=True))
+def test_factor_of_tensors_is_that_of_numbers(
+    scale: float | None, found_inf: float | None, norm: float | None, max_norm: float
+) -> None:
+    inputs = (scale, found_inf, norm)
+    expected = gradient_factor(*inputs, max_norm)
+    tensors = [None if x is None else torch.tensor(x, dtype=torch.float64) for x in inputs]
+    found = gradient_factor(*tensors, max_norm)
+    assert bits_of(found.factor) == bits_of(expected.factor)
+    assert bool(found.skip) is expected.skip
+    norm_is_finite = norm is None or math.isfinite(norm)
+    assert expected.skip is (bool(found_inf) or not norm_is_finite)
+
+
+def case_of(case: Case, **options: Any) -> Case:
+    return dataclasses.replace(case, options={**case.options, **options})
+
+
+# A fifth of the table: all variants in float32, and one of each other pair of types.
+CASES = [
+    case
+    for case in cases()
+    if case.dtypes == DTYPE_PAIRS[0] or case.variant == "box, special gradients"
+]
+
+
+@functools.cache
+def of_the_host(case: Case, device: torch.device) -> Values:
+    return run_case(case, "reference", device, STEPS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_capturable_gives_the_same_bits(place: Place, case: Case) -> None:
+    """Groups, layouts, empty tensors and missing gradients among the cases."""
+    place.skip_unless_supported(case.dtypes, case.second_moment)
+    expected = of_the_host(case, place.device)
+    capturable = case_of(case, capturable=True)
+    found = run_case(capturable, place.backend, place.device, STEPS)
+    assert different_values(found, expected) == []
+    assert {values["step"].device for values in found} == {place.device}
+
+
+def test_one_group_of_two_is_capturable(place: Place) -> None:
+    case = next(c for c in CASES if c.variant == "box")
+    mixed = dataclasses.replace(case, other_options={**case.other_options, "capturable": True})
+    found = run_case(mixed, place.backend, place.device, STEPS)
+    assert different_values(found, of_the_host(case, place.device)) == []
+
+
+def capturable(**options: Any) -> Pair:
+    return Pair(capturable=True, weight_decay=0.1, projection=Box(-0.5, 0.5), **options)
+
+
+def assert_steady(pair: Pair, checked: list[str], change: Callable[[Any, Any], None]) -> None:
+    """Check that the step after a change takes it over, and C++ without Python."""
+    pair.step(2)
+    pair.assert_equal()
+    checked.clear()
+    for _ in range(3):
+        pair.both(change)
+        pair.step(2)
+        pair.assert_equal()
+    assert checked == []
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tensors_changed_in_place_are_seen(
+    checked: list[str], dtype: torch.dtype, on_device: bool
+) -> None:
+    def change(optimizer: Any, params: Any) -> None:
+        group = optimizer.param_groups[0]
+        group["lr"].mul_(0.5)
+        for beta in group["betas"]:
+            beta.mul_(0.9)
+
+    tensors = {
+        "lr": torch.tensor([0.1], dtype=dtype),
+        "betas": (torch.tensor(0.9, dtype=dtype), torch.tensor([[0.99]], dtype=dtype)),
+    }
+    pair = Pair(capturable=on_device, projection=Box(-0.5, 0.5))
+    pair.both(lambda optimizer, _: optimizer.param_groups[0].update(clones(tensors)))
+    before = [p.detach().clone() for p in pair.params[0]]
+    assert_steady(pair, checked, change)
+    assert not same_bits(pair.params[0][0], before[0])
+
+
+def clones(options: dict[str, Any]) -> dict[str, Any]:
+    copied = {name: torch.clone(v) for name, v in options.items() if isinstance(v, Tensor)}
+    betas = tuple(torch.clone(beta) for beta in options["betas"])
+    return {**options, **copied, "betas": betas}
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_numbers_become_tensors_and_back(checked: list[str], on_device: bool) -> None:
+    values = iter(
+        [
+            *(torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)),
+            *(0.2, 0.2),
+            *(torch.tensor(0.0), torch.tensor([0.0])),
+        ]
+    )
+
+    def change(optimizer: Any, params: Any) -> None:
+        value = next(values)
+        optimizer.param_groups[0]["lr"] = value
+        optimizer.param_groups[1]["betas"] = (value, value)
+
+    assert_steady(Pair(capturable=on_device, projection=Box(-0.5, 0.5)), checked, change)
+
+
+@pytest.mark.parametrize("change", [with_gradients_missing, skip_all])
+def test_gradients_come_and_go(checked: list[str], change: Callable[[Any, Any], None]) -> None:
+    assert_steady(capturable(), checked, change)
+
+
+def test_tensor_of_float64_is_the_number(place: Place) -> None:
+    """One of float32 is another number, 0.1 the other side of its rounding."""
+    params = [torch.linspace(-1, 1, 9, dtype=torch.float64) for _ in range(3)]
+    params = [param.to(place.device).requires_grad_() for param in params]
+    numbers = {"lr": 0.1, "betas": (0.9, 0.99)}
+    options: list[dict[str, Any]] = [numbers]
+    for dtype in (torch.float64, torch.float32):
+        lr, *betas = (torch.tensor(v, dtype=dtype, device=place.device) for v in (0.1, 0.9, 0.99))
+        options.append({"lr": lr, "betas": tuple(betas)})
+    optimizers = [
+        AdamAL([param], backend=place.backend, **option)
+        for param, option in zip(params, options, strict=True)
+    ]
+    for step in range(5):
+        for param, optimizer in zip(params, optimizers, strict=True):
+            param.grad = torch.linspace(1, -2, 9, dtype=torch.float64, device=place.device) + step
+            optimizer.step()
+    assert same_bits(params[0], params[1])
+    assert not same_bits(params[0], params[2])
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_tensor_lr_of_0_does_not_project(place: Place, on_device: bool) -> None:
+    param = torch.tensor([-3.0, 3.0], device=place.device, requires_grad=True)
+    lr = torch.tensor(0.0, device=place.device)
+    options = {"lr": lr, "projection": Box(-1, 1), "backend": place.backend}
+    optimizer = AdamAL([param], capturable=on_device, **options)
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert param.tolist() == [-3, 3]
+    lr.fill_(1e-3)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert param.tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("edit", [math.nan, math.inf, -1.0])
+def test_a_count_edited_in_place_is_refused(place: Place, edit: float) -> None:
+    if place.device.type != "cpu":
+        pytest.skip("a count on the device is not read: that would be to wait for it")
+    param = torch.ones(3, requires_grad=True)
+    optimizer = AdamAL([param], backend=place.backend, capturable=True)
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    optimizer.state[param]["step"].fill_(edit)
+    with pytest.raises(ValueError, match=r"state\['step'\] of params\[0\] of group 0"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("count", [1, 99, 2.0**24 - 1, 2.0**24, 2.0**25, 2.0**30])
+def test_counts_of_any_size(place: Place, count: float) -> None:
+    """Float32 counts up to 2^24; a larger one, of a checkpoint, stands still."""
+    start = torch.linspace(-1, 1, 9, dtype=torch.float64, device=place.device)
+    params = [start.clone().requires_grad_() for _ in range(2)]
+    optimizers = [
+        AdamAL([param], betas=(0.9, 1 - 2.0**-30), backend=backend, capturable=on_device)
+        for param, backend, on_device in zip(
+            params, (place.backend, "reference"), (True, False), strict=True
+        )
+    ]
+    for step in range(4):
+        for param, optimizer in zip(params, optimizers, strict=True):
+            param.grad = start + 2
+            optimizer.step()
+            if step == 0:
+                optimizer.state[param]["step"].fill_(count)
+    found, expected = (
+        {"param": param, **optimizer.state[param]}
+        for param, optimizer in zip(params, optimizers, strict=True)
+    )
+    assert different_values([found], [expected]) == []
+
+
+def test_switched_in_a_running_optimizer() -> None:
+    pair = Pair()
+    for on_device in (True, False, True):
+        pair.step(2)
+        for group in pair.optimizers[0].param_groups:
+            group["capturable"] = on_device
+    pair.step(2)
+    pair.assert_equal()
+
+
+BAD_TENSORS = {
+    "lr that is negative": ("lr", torch.tensor(-1.0), ValueError, "lr=-1.0"),
+    "lr that is no number": ("lr", torch.tensor(math.nan), ValueError, "lr=nan"),
+    "lr of two": ("lr", torch.tensor([0.1, 0.1]), ValueError, "1-element"),
+    "lr of integers": ("lr", torch.tensor(1), TypeError, "float32 or float64"),
+    "lr of bfloat16": ("lr", torch.tensor(0.1).bfloat16(), TypeError, "float32 or float64"),
+    "betas out of range": (
+        "betas",
+        (torch.tensor(0.9), torch.tensor(1.0)),
+        ValueError,
+        r"betas\[1\]=1.0",
+    ),
+    "betas of both kinds": ("betas", (0.9, torch.tensor(0.9)), ValueError, "both floats or both"),
+}
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("kind", BAD_TENSORS)
+def test_a_tensor_that_is_no_option_is_refused_in_every_step(
+    place: Place, kind: str, on_device: bool
+) -> None:
+    name, value, error, words = BAD_TENSORS[kind]
+    param = torch.ones(3, device=place.device, requires_grad=True)
+    optimizer = AdamAL([param], backend=place.backend, capturable=on_device)
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    before = {"param": param.detach().clone(), **clone_state(optimizer, param)}
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(error, match=words):
+        optimizer.step()
+    assert different_values([{"param": param, **optimizer.state[param]}], [before]) == []
+
+
+def clone_state(optimizer: Any, param: Tensor) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in optimizer.state[param].items()}
