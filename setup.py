@@ -40,7 +40,9 @@ SOURCES = {
     "_C": [
         "csrc/bindings.cpp",
         "csrc/plan.cpp",
+        "csrc/sharded_class.cpp",
         "csrc/steady_groups.cpp",
+        "csrc/steady_sharded.cpp",
         "csrc/steady_state.cpp",
         "csrc/step_cpu.cpp",
     ],

@@ -13,6 +13,17 @@ from torch import Tensor
 from .backends import FUSED, Backend, pick
 from .backends.native import NativeBackend
 from .bucket import Bucket, BucketKey, SecondMoment
+from .distributed import (
+    check_sharded_gradient,
+    check_sharded_parameter,
+    check_sharded_state,
+    gradient_part,
+    has_own_placements,
+    is_sharded,
+    local_part,
+    moment_like,
+    redistributed_part,
+)
 from .dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
 from .hyperparameters import StepScalars
 from .layout import empty_dense_like, has_memory, is_dense, overlapping_pair, same_layout
@@ -28,8 +39,14 @@ MAX_MOMENT = "max_exp_avg_sq"
 class _Entry(NamedTuple):
     """A parameter with a gradient, checked and not yet touched."""
 
+    owner: Tensor
+    """Whose state is stepped."""
     param: Tensor
+    """What is stepped: this process's part of a DTensor, else the parameter itself."""
     grad: Tensor
+    """Its gradient, or the part of it that this process has."""
+    is_misplaced: bool
+    """Whether the gradient has to be redistributed before it is this part's."""
     options: GroupOptions
     bounds: tuple[float, float]
     key: BucketKey
@@ -98,9 +115,17 @@ class Plan:
             if param.grad is not None
         ]
         for entry in entries:
-            if held := state.get(entry.param):
+            if held := state.get(entry.owner):
                 _check_state(entry, held)
         _check_overlaps(entries, state)
+        # Collectives, in the order of the parameters: nothing before them differs in a way that
+        # would keep some processes from taking part.
+        entries = [
+            entry._replace(grad=redistributed_part(entry.owner, entry.owner.grad))
+            if entry.is_misplaced
+            else entry
+            for entry in entries
+        ]
         staged = self._step_entries(entries, state)
         if not staged:
             self._steady_state = self._bind(param_groups, options, state, entries)
@@ -136,6 +161,8 @@ class Plan:
             if backend.name in FUSED:
                 # Written by address: autograd has to be told, to find what it saved changed.
                 torch.autograd.graph.increment_version(bucket.params)
+        if owners := [entry.owner for entry in entries if entry.owner is not entry.param]:
+            torch.autograd.graph.increment_version(owners)
         for write_back in write_backs:
             write_back.source.copy_(write_back.dense)
         if steps:
@@ -152,7 +179,7 @@ class Plan:
         entries: Sequence[_Entry],
     ) -> Any | None:
         """Bind what was just stepped, and parameters with state that had no gradient."""
-        by_param = {entry.param: entry for entry in entries}
+        by_param = {entry.owner: entry for entry in entries}
         bindings = {}
         for group, group_options in zip(param_groups, options, strict=True):
             for param in group["params"]:
@@ -181,11 +208,14 @@ def check_parameter(param: Tensor, options: GroupOptions, where: str) -> None:
 
     Raises:
         TypeError: the parameter's type is not supported.
-        NotImplementedError: the parameter is a tensor subclass.
-        ValueError: the projection holds no number of the parameter's type.
+        NotImplementedError: the parameter is a tensor subclass other than DTensor.
+        ValueError: the projection holds no number of the parameter's type, or the parameter is a
+            DTensor with a Partial placement.
         RuntimeError: the named backend cannot run on the parameter's device.
     """
     _check_is_ordinary(param, where)
+    if is_sharded(param):
+        check_sharded_parameter(param, where)
     dtype = real_dtype(param.dtype)
     if not any(dtype == pair.param for pair in DTYPE_PAIRS):
         supported = ", ".join(dict.fromkeys(str(pair.param) for pair in DTYPE_PAIRS))
@@ -203,7 +233,7 @@ def new_state(param: Tensor, second_moment: SecondMoment) -> dict[str, Any]:
     keys = (*MOMENTS, MAX_MOMENT) if second_moment is SecondMoment.AMSGRAD else MOMENTS
     held: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     for key in keys:
-        held[key] = empty_dense_like(param, moment_dtype(param)).zero_()
+        held[key] = moment_like(param, moment_dtype(param))
     return held
 
 
@@ -215,6 +245,8 @@ def moment_dtype(param: Tensor) -> torch.dtype:
 
 def _check_is_ordinary(tensor: Tensor, what: str) -> None:
     """Refuse subclasses that answer operators themselves: their own memory is not their value."""
+    if is_sharded(tensor):
+        tensor, what = local_part(tensor), f"the local tensor of {what}"
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise NotImplementedError(
             f"{what} is a {type(tensor).__name__}; tensor subclasses are not supported yet"
@@ -225,7 +257,13 @@ def _check_entry(param: Tensor, options: GroupOptions, where: str) -> _Entry:
     grad = param.grad
     assert grad is not None
     _check_is_ordinary(param, where)
-    _check_is_ordinary(grad, f"the gradient of {where}")
+    if not is_sharded(grad):
+        _check_is_ordinary(grad, f"the gradient of {where}")
+    is_misplaced = False
+    if is_sharded(param) or is_sharded(grad):
+        check_sharded_gradient(param, grad, where)
+        check_sharded_parameter(param, where)
+        is_misplaced = not has_own_placements(param, grad)
     if param.is_inference():
         raise RuntimeError(
             f"{where} was made in inference mode and cannot be changed; clone() it outside"
@@ -245,6 +283,7 @@ def _check_entry(param: Tensor, options: GroupOptions, where: str) -> _Entry:
             f"the gradient of {where} is on {grad.device}, the parameter on {param.device}; "
             "move one of them"
         )
+    owner, param, grad = param, local_part(param), gradient_part(grad)
     for tensor, what in ((param, where), (grad, f"the gradient of {where}")):
         if not has_memory(tensor):
             raise RuntimeError(
@@ -267,14 +306,16 @@ def _check_entry(param: Tensor, options: GroupOptions, where: str) -> _Entry:
         )
     key = BucketKey(param.device, dtypes, options.second_moment)
     bounds = _bounds(options, dtypes.param)
-    return _Entry(param, grad, options, bounds, key, _pick(key, options), where)
+    backend = _pick(key, options)
+    return _Entry(owner, param, grad, is_misplaced, options, bounds, key, backend, where)
 
 
 def _key_without_grad(param: Tensor, options: GroupOptions) -> BucketKey:
     """Return the key of a parameter whose gradient is not there to be asked for its type."""
     dtype = real_dtype(param.dtype)
     grad_dtype = real_dtype(getattr(param, "grad_dtype", None) or param.dtype)
-    return BucketKey(param.device, DtypePair(dtype, grad_dtype), options.second_moment)
+    device = local_part(param).device
+    return BucketKey(device, DtypePair(dtype, grad_dtype), options.second_moment)
 
 
 def _pick(key: BucketKey, options: GroupOptions) -> Backend:
@@ -309,18 +350,20 @@ def _check_state(entry: _Entry, held: Mapping[str, Any]) -> None:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             raise ValueError(
                 f"state[{key!r}] of {where} must be a dense tensor of the parameter's shape "
-                f"{tuple(entry.param.shape)}, got {tensor!r}"
+                f"{tuple(entry.owner.shape)}, got {tensor!r}"
             )
-        if tensor.is_inference() or not has_memory(tensor):
+        if tensor.is_inference() or not has_memory(local_part(tensor)):
             raise ValueError(
                 f"state[{key!r}] of {where} was made in inference mode, or its storage has been "
                 "freed; clear the parameter's state to start it anew"
             )
-        if tensor.shape != entry.param.shape:
+        if tensor.shape != entry.owner.shape:
             raise ValueError(
                 f"state[{key!r}] of {where} must have the parameter's shape "
-                f"{tuple(entry.param.shape)}, got {tuple(tensor.shape)}"
+                f"{tuple(entry.owner.shape)}, got {tuple(tensor.shape)}"
             )
+        if is_sharded(entry.owner) or is_sharded(tensor):
+            check_sharded_state(entry.owner, tensor, f"state[{key!r}] of {where}")
         same_kind = tensor.is_complex() == expected.is_complex
         if not same_kind or not (tensor.is_complex() or tensor.is_floating_point()):
             raise ValueError(
@@ -331,11 +374,11 @@ def _check_state(entry: _Entry, held: Mapping[str, Any]) -> None:
 def _named_tensors(
     param: Tensor, where: str, state: MutableMapping[Tensor, dict[str, Any]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a step writes: the parameter and its state."""
-    yield where, param
+    """Yield what a step writes: the parameter and its state, or this process's parts of them."""
+    yield where, local_part(param)
     for key, value in (state.get(param) or {}).items():
         if key in ("step", *MOMENTS, MAX_MOMENT):
-            yield f"state[{key!r}] of {where}", value
+            yield f"state[{key!r}] of {where}", local_part(value)
 
 
 def _check_overlaps(
@@ -343,7 +386,7 @@ def _check_overlaps(
 ) -> None:
     """Tensors that share memory would be written at once, in no fixed order."""
     written = [
-        named for entry in entries for named in _named_tensors(entry.param, entry.where, state)
+        named for entry in entries for named in _named_tensors(entry.owner, entry.where, state)
     ]
     read = [(f"the gradient of {entry.where}", entry.grad) for entry in entries]
     names = [name for name, _ in (*written, *read)]
@@ -364,7 +407,7 @@ def _check_overlaps(
 
 def _state_of(entry: _Entry, state: MutableMapping[Tensor, dict[str, Any]]) -> dict[str, Any]:
     """Return the parameter's state, made if missing, moved with the parameter if that moved."""
-    param = entry.param
+    param = entry.owner
     held = state[param]
     if not held:
         held.update(new_state(param, entry.key.second_moment))
@@ -390,10 +433,10 @@ def _append_tensors(
     """
     copies_before = len(write_backs)
     param = entry.param.detach()
-    written = [(param, bucket.params), (held["exp_avg"], bucket.exp_avgs)]
-    written.append((held["exp_avg_sq"], bucket.exp_avg_sqs))
+    written = [(param, bucket.params), (local_part(held["exp_avg"]), bucket.exp_avgs)]
+    written.append((local_part(held["exp_avg_sq"]), bucket.exp_avg_sqs))
     if bucket.key.second_moment is SecondMoment.AMSGRAD:
-        written.append((held[MAX_MOMENT], bucket.max_exp_avg_sqs))
+        written.append((local_part(held[MAX_MOMENT]), bucket.max_exp_avg_sqs))
 
     pattern = param if is_dense(param) else empty_dense_like(param, param.dtype)
     for tensor, destination in written:

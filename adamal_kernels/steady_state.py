@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .backends.native import NativeBackend
 from .bucket import BucketKey
+from .distributed import sharded_class
 from .options import GroupOptions
 from .projections import Projection
 
@@ -71,10 +72,13 @@ def bind(
                 bound_options.append(_bound_options(extension, g, options[g], binding.bounds))
             members.append(extension.Membership(plans[binding.key], rows[g, binding.bounds]))
             bound_params.append(param)
-    if not bound_params:
+    sharded, is_readable = sharded_class(extension, bound_params)
+    if not bound_params or not is_readable:
         return None
     steps = torch.stack([state[param]["step"] for param in bound_params])
-    steady = extension.SteadyState(param_groups, state, members, bound_options, plan_objects, steps)
+    steady = extension.SteadyState(
+        param_groups, state, members, bound_options, plan_objects, steps, sharded
+    )
     for param, step in zip(bound_params, steps.unbind(), strict=True):
         state[param]["step"] = step
     return steady if steady.bind(state) else None
