@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -34,6 +35,9 @@ class BucketKey(NamedTuple):
     second_moment: SecondMoment
     device_scalars: bool = False
     """Whether the scalars are derived on the device, from counts that are there."""
+    spread: Hashable = None
+    """How the tensors, of which these are parts, are spread over processes; None: they are whole.
+    It selects no kernel, and says over which processes a norm is added."""
 
 
 @dataclass(slots=True)

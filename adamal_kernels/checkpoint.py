@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import empty_dense_like
+from .distributed import is_sharded, local_part, moment_like, placed_as
 from .options import IMPLEMENTATION_OPTIONS
 from .projections import Projection, projection_from_dict, projection_to_dict
 
@@ -207,4 +207,8 @@ def _merge_value(param: Tensor, name: str, value: Any, where: str) -> Any:
             f"load_state_dict: {name} of {where} must be a dense tensor with values, got one of "
             f"layout {value.layout} on {value.device}; load the checkpoint onto a real device"
         )
-    return empty_dense_like(param, value.dtype).copy_(value)
+    if is_sharded(param) or is_sharded(value):
+        value = placed_as(param, value, f"load_state_dict: {name} of {where}")
+    moment = moment_like(param, value.dtype)
+    local_part(moment).copy_(local_part(value))
+    return moment

@@ -13,13 +13,26 @@ from torch import Tensor
 from .backends import FUSED, Backend, pick
 from .backends.planned import PlannedBackend
 from .bucket import Bucket, BucketKey, DeviceScalars, SecondMoment
+from .distributed import (
+    check_sharded_gradient,
+    check_sharded_parameter,
+    check_sharded_state,
+    gradient_part,
+    has_own_placements,
+    is_sharded,
+    local_part,
+    mesh_and_placements,
+    moment_like,
+    redistributed_part,
+    reduce_squared_norms,
+)
 from .dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
 from .gradient_norm import ordered_sum
 from .hyperparameters import StepInputs, derive_step_scalars
 from .layout import empty_dense_like, has_memory, is_dense, overlapping_pair, same_layout
 from .options import GroupOptions
 from .rounding import rounded_sqrt
-from .steady_state import Binding, bind
+from .steady_state import Binding, bind, bound_keys
 
 __all__ = ["Plan", "check_parameter", "new_state", "real_dtype"]
 
@@ -30,8 +43,14 @@ MAX_MOMENT = "max_exp_avg_sq"
 class _Entry(NamedTuple):
     """A parameter with a gradient, checked and not yet touched."""
 
+    owner: Tensor
+    """Whose state is stepped."""
     param: Tensor
+    """What is stepped: this process's part of a DTensor, else the parameter itself."""
     grad: Tensor
+    """Its gradient, or the part of it that this process has."""
+    is_misplaced: bool
+    """Whether the gradient has to be redistributed before it is this part's."""
     options: GroupOptions
     bounds: tuple[float, float]
     key: BucketKey
@@ -58,6 +77,7 @@ class Plan:
         """Make a plan with nothing bound."""
         self._workspaces: dict[tuple[str, BucketKey], dict[str, Any]] = {}
         self._steady_state: Any | None = None
+        self._bound_keys: list[BucketKey] = []
         self.backends_used: tuple[str, ...] = ()
         """Names of the backends of the last step that was checked."""
         self.grad_norm: Tensor | None = None
@@ -88,7 +108,7 @@ class Plan:
         self.grad_norm = None
         if self._steady_state is not None:
             inputs = inputs._replace(skipped_steps=self.skipped_steps)
-            if self._steady_state.step(param_groups, state, *inputs, self._norm_of_sums):
+            if self._steady_state.step(param_groups, state, *inputs, self._norm_of_bound):
                 return
             self._steady_state = None
         options = [read_options(group) for group in param_groups]
@@ -115,9 +135,17 @@ class Plan:
             if param.grad is not None
         ]
         for entry in entries:
-            if held := state.get(entry.param):
+            if held := state.get(entry.owner):
                 _check_state(entry, held)
         _check_overlaps(entries, state)
+        # Collectives, in the order of the parameters: nothing before them differs in a way that
+        # would keep some processes from taking part.
+        entries = [
+            entry._replace(grad=redistributed_part(entry.owner, entry.owner.grad))
+            if entry.is_misplaced
+            else entry
+            for entry in entries
+        ]
         if self._step_entries(entries, state, inputs):
             self._steady_state = self._bind(param_groups, options, state, entries)
 
@@ -171,6 +199,8 @@ class Plan:
             if backend.name in FUSED:
                 # Written by address: autograd has to be told, to find what it saved changed.
                 torch.autograd.graph.increment_version(bucket.params)
+        if owners := [entry.owner for entry in entries if entry.owner is not entry.param]:
+            torch.autograd.graph.increment_version(owners)
         for write_back in write_backs:
             write_back.source.copy_(write_back.dense)
         if steps:
@@ -188,7 +218,8 @@ class Plan:
             # In the order of the plans that are bound later.
             ordered = sorted(buckets, key=lambda entry: repr(entry[1].key))
             sums = [backend.squared_norm(bucket) for backend, bucket in ordered]
-            inputs = inputs._replace(grad_norm=self._norm_of_sums(sums, inputs.grad_scale))
+            spreads = [bucket.key.spread for _, bucket in ordered]
+            inputs = inputs._replace(grad_norm=self._norm_of(spreads, sums, inputs.grad_scale))
         if inputs.may_skip and buckets:
             devices = [b.key.device for _, b in buckets if b.key.device_scalars]
             counts = self.skipped_steps
@@ -198,24 +229,37 @@ class Plan:
             inputs = inputs._replace(skipped_steps=self.skipped_steps)
         return inputs
 
-    def _norm_of_sums(self, sums: Sequence[Tensor], grad_scale: Tensor | None) -> Tensor:
+    def _norm_of_bound(self, sums: Sequence[Tensor], grad_scale: Tensor | None) -> Tensor:
+        """Return the norm from the sum of squares of each plan of the steady state."""
+        return self._norm_of([key.spread for key in self._bound_keys], sums, grad_scale)
+
+    def _norm_of(
+        self, spreads: Sequence[Any], sums: Sequence[Tensor], grad_scale: Tensor | None
+    ) -> Tensor:
         """Return the unscaled norm on the first device, from each bucket's sum of squares."""
-        norm = rounded_sqrt(ordered_sum(sums))
+        total = ordered_sum(sums)
+        if any(spread is not None for spread in spreads):
+            parts: dict[Any, Tensor] = {}
+            for spread, value in zip(spreads, sums, strict=True):
+                part = value.to(total.device, non_blocking=True)
+                parts[spread] = parts[spread] + part if spread in parts else part
+            total = reduce_squared_norms(parts)
+        norm = rounded_sqrt(total)
         if grad_scale is not None:
             scale = grad_scale.detach().double().reshape(()).to(norm.device, non_blocking=True)
             norm = norm * scale.reciprocal()
         self.grad_norm = norm.detach()
         return norm
 
-    @staticmethod
     def _bind(
+        self,
         param_groups: list[dict[str, Any]],
         options: Sequence[GroupOptions],
         state: MutableMapping[Tensor, dict[str, Any]],
         entries: Sequence[_Entry],
     ) -> Any | None:
         """Bind what was just stepped, and parameters with state that had no gradient."""
-        by_param = {entry.param: entry for entry in entries}
+        by_param = {entry.owner: entry for entry in entries}
         bindings = {}
         for group, group_options in zip(param_groups, options, strict=True):
             for param in group["params"]:
@@ -231,6 +275,7 @@ class Plan:
         tensors = [tensor for param in bindings for _, tensor in _named_tensors(param, "", state)]
         if not bindings or overlapping_pair(tensors) is not None:
             return None
+        self._bound_keys = bound_keys(bindings)
         return bind(param_groups, options, state, bindings)
 
 
@@ -244,11 +289,14 @@ def check_parameter(param: Tensor, options: GroupOptions, where: str) -> None:
 
     Raises:
         TypeError: the parameter's type is not supported.
-        NotImplementedError: the parameter is a tensor subclass.
-        ValueError: the projection holds no number of the parameter's type.
+        NotImplementedError: the parameter is a tensor subclass other than DTensor.
+        ValueError: the projection holds no number of the parameter's type, or the parameter is a
+            DTensor with a Partial placement.
         RuntimeError: the named backend cannot run on the parameter's device.
     """
     _check_is_ordinary(param, where)
+    if is_sharded(param):
+        check_sharded_parameter(param, where)
     dtype = real_dtype(param.dtype)
     if not any(dtype == pair.param for pair in DTYPE_PAIRS):
         supported = ", ".join(dict.fromkeys(str(pair.param) for pair in DTYPE_PAIRS))
@@ -266,7 +314,7 @@ def new_state(param: Tensor, second_moment: SecondMoment, step_device: Any) -> d
     keys = (*MOMENTS, MAX_MOMENT) if second_moment is SecondMoment.AMSGRAD else MOMENTS
     held: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=step_device)}
     for key in keys:
-        held[key] = empty_dense_like(param, moment_dtype(param)).zero_()
+        held[key] = moment_like(param, moment_dtype(param))
     return held
 
 
@@ -278,6 +326,8 @@ def moment_dtype(param: Tensor) -> torch.dtype:
 
 def _check_is_ordinary(tensor: Tensor, what: str) -> None:
     """Refuse subclasses that answer operators themselves: their own memory is not their value."""
+    if is_sharded(tensor):
+        tensor, what = local_part(tensor), f"the local tensor of {what}"
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise NotImplementedError(
             f"{what} is a {type(tensor).__name__}; tensor subclasses are not supported yet"
@@ -294,7 +344,13 @@ def _check_entry(
     grad = param.grad
     assert grad is not None
     _check_is_ordinary(param, where)
-    _check_is_ordinary(grad, f"the gradient of {where}")
+    if not is_sharded(grad):
+        _check_is_ordinary(grad, f"the gradient of {where}")
+    is_misplaced = False
+    if is_sharded(param) or is_sharded(grad):
+        check_sharded_gradient(param, grad, where)
+        check_sharded_parameter(param, where)
+        is_misplaced = not has_own_placements(param, grad)
     if param.is_inference():
         raise RuntimeError(
             f"{where} was made in inference mode and cannot be changed; clone() it outside"
@@ -324,6 +380,7 @@ def _check_entry(
             f"the gradient of {where} is on {grad.device}, the parameter on {param.device}; "
             "move one of them"
         )
+    owner, param, grad = param, local_part(param), gradient_part(grad)
     for tensor, what in ((param, where), (grad, f"the gradient of {where}")):
         if not has_memory(tensor):
             raise RuntimeError(
@@ -345,9 +402,11 @@ def _check_entry(
             f"{remedy}"
         )
     on_device = _derives_on_device(param, options, state.get(param), inputs)
-    key = BucketKey(param.device, dtypes, options.second_moment, on_device)
+    spread = mesh_and_placements(owner)
+    key = BucketKey(param.device, dtypes, options.second_moment, on_device, spread)
     bounds = _bounds(options, dtypes.param)
-    return _Entry(param, grad, options, bounds, key, _pick(key, options), where)
+    backend = _pick(key, options)
+    return _Entry(owner, param, grad, is_misplaced, options, bounds, key, backend, where)
 
 
 def _append_scalars(
@@ -391,9 +450,11 @@ def _key_without_grad(
     dtype = real_dtype(param.dtype)
     # torch tells it of leaves only; others are stepped with differentiable=True.
     grad_dtype = real_dtype((param.is_leaf and param.grad_dtype) or param.dtype)
-    on_device = _derives_on_device(param, options, held, StepInputs())
+    part = local_part(param)
+    on_device = _derives_on_device(part, options, held, StepInputs())
     pair = DtypePair(dtype, grad_dtype)
-    return BucketKey(param.device, pair, options.second_moment, on_device)
+    spread = mesh_and_placements(param)
+    return BucketKey(part.device, pair, options.second_moment, on_device, spread)
 
 
 def _derives_on_device(
@@ -454,17 +515,17 @@ def _check_state(entry: _Entry, held: Mapping[str, Any]) -> None:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             raise ValueError(
                 f"state[{key!r}] of {where} must be a dense tensor of the parameter's shape "
-                f"{tuple(entry.param.shape)}, got {tensor!r}"
+                f"{tuple(entry.owner.shape)}, got {tensor!r}"
             )
-        if tensor.is_inference() or not has_memory(tensor):
+        if tensor.is_inference() or not has_memory(local_part(tensor)):
             raise ValueError(
                 f"state[{key!r}] of {where} was made in inference mode, or its storage has been "
                 "freed; clear the parameter's state to start it anew"
             )
-        if tensor.shape != entry.param.shape:
+        if tensor.shape != entry.owner.shape:
             raise ValueError(
                 f"state[{key!r}] of {where} must have the parameter's shape "
-                f"{tuple(entry.param.shape)}, got {tuple(tensor.shape)}"
+                f"{tuple(entry.owner.shape)}, got {tuple(tensor.shape)}"
             )
         if tensor.device != held["exp_avg"].device:
             raise ValueError(
@@ -476,6 +537,8 @@ def _check_state(entry: _Entry, held: Mapping[str, Any]) -> None:
                 f"state[{key!r}] of {where} is on meta and holds no values; clear the parameter's "
                 "state to start it anew"
             )
+        if is_sharded(entry.owner) or is_sharded(tensor):
+            check_sharded_state(entry.owner, tensor, f"state[{key!r}] of {where}")
         same_kind = tensor.is_complex() == expected.is_complex
         if not same_kind or not (tensor.is_complex() or tensor.is_floating_point()):
             raise ValueError(
@@ -486,11 +549,11 @@ def _check_state(entry: _Entry, held: Mapping[str, Any]) -> None:
 def _named_tensors(
     param: Tensor, where: str, state: MutableMapping[Tensor, dict[str, Any]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a step writes: the parameter and its state."""
-    yield where, param
+    """Yield what a step writes: the parameter and its state, or this process's parts of them."""
+    yield where, local_part(param)
     for key, value in (state.get(param) or {}).items():
         if key in ("step", *MOMENTS, MAX_MOMENT):
-            yield f"state[{key!r}] of {where}", value
+            yield f"state[{key!r}] of {where}", local_part(value)
 
 
 def _check_overlaps(
@@ -498,7 +561,7 @@ def _check_overlaps(
 ) -> None:
     """Tensors that share memory would be written at once, in no fixed order."""
     written = [
-        named for entry in entries for named in _named_tensors(entry.param, entry.where, state)
+        named for entry in entries for named in _named_tensors(entry.owner, entry.where, state)
     ]
     read = [(f"the gradient of {entry.where}", entry.grad) for entry in entries]
     names = [name for name, _ in (*written, *read)]
@@ -519,7 +582,7 @@ def _check_overlaps(
 
 def _state_of(entry: _Entry, state: MutableMapping[Tensor, dict[str, Any]]) -> dict[str, Any]:
     """Return the parameter's state, made if missing, moved with the parameter if that moved."""
-    param = entry.param
+    param = entry.owner
     held = state[param]
     step_device = param.device if entry.key.device_scalars else torch.device("cpu")
     if not held:
@@ -551,11 +614,11 @@ def _append_tensors(
     """Append what the step changes, dense, in one memory order, complex ones as pairs of reals."""
     written = [
         (_attached(entry.param, entry), bucket.params),
-        (held["exp_avg"], bucket.exp_avgs),
-        (held["exp_avg_sq"], bucket.exp_avg_sqs),
+        (local_part(held["exp_avg"]), bucket.exp_avgs),
+        (local_part(held["exp_avg_sq"]), bucket.exp_avg_sqs),
     ]
     if bucket.key.second_moment is SecondMoment.AMSGRAD:
-        written.append((held[MAX_MOMENT], bucket.max_exp_avg_sqs))
+        written.append((local_part(held[MAX_MOMENT]), bucket.max_exp_avg_sqs))
     pattern = _pattern(entry)
     for tensor, destination in written:
         dense = _with_layout(tensor, pattern)

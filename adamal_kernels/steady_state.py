@@ -12,10 +12,11 @@ from torch import Tensor
 
 from .backends.planned import PlannedBackend, bound_options
 from .bucket import BucketKey
+from .distributed import sharded_class
 from .options import GroupOptions
 from .projections import Projection
 
-__all__ = ["Binding", "bind"]
+__all__ = ["Binding", "bind", "bound_keys"]
 
 _IMMUTABLE = (float, int, bool, str, type(None), np.generic, Projection)
 
@@ -51,8 +52,7 @@ def bind(
     if type(param_groups) is not list or not all(map(_is_comparable, param_groups)):
         return None
     extension = import_module("adamal_kernels._C")
-    # A fixed order, in which their sums of squares are added.
-    keys = sorted({binding.key for binding in bindings.values()}, key=repr)
+    keys = bound_keys(bindings)
     backends = {binding.key: binding.backend for binding in bindings.values()}
     steps: list[list[Tensor]] = [[] for _ in keys]
     params: list[list[Tensor]] = [[] for _ in keys]
@@ -74,7 +74,8 @@ def bind(
             members.append(extension.Membership(plan, rows[g, device, binding.bounds]))
             steps[plan].append(state[param]["step"])
             params[plan].append(param)
-    if not bindings:
+    sharded, is_readable = sharded_class(extension, bindings)
+    if not bindings or not is_readable:
         return None
     packs = [torch.stack(counts) for counts in steps]
     steady = extension.SteadyState(
@@ -85,11 +86,17 @@ def bind(
         [backends[key].new_plan(key) for key in keys],
         packs,
         [key.device_scalars for key in keys],
+        sharded,
     )
     for pack, stepped in zip(packs, params, strict=True):
         for param, step in zip(stepped, pack.unbind(), strict=True):
             state[param]["step"] = step
     return steady if steady.bind(state) else None
+
+
+def bound_keys(bindings: dict[Tensor, Binding]) -> list[BucketKey]:
+    """Return the key of each plan, in the order in which their sums of squares are added."""
+    return sorted({binding.key for binding in bindings.values()}, key=repr)
 
 
 def _is_comparable(group: Any) -> bool:

@@ -221,12 +221,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("lower"),
            py::arg("upper"), py::arg("decoupled_weight_decay"), py::arg("maximize"),
            py::arg("bias_correction"));
+  py::class_<ShardedClass, std::shared_ptr<ShardedClass>>(m, "ShardedClass")
+      .def(py::init<const py::type&, const py::object&, const py::object&, std::vector<py::str>,
+                    std::vector<py::str>, py::function>(),
+           py::kw_only(), py::arg("type"), py::arg("local"), py::arg("spec"), py::arg("mesh"),
+           py::arg("placements"), py::arg("redistribute"));
   py::class_<SteadyState>(m, "SteadyState", py::custom_type_setup(collect_garbage))
       .def(py::init<const py::list&, const py::dict&, const std::vector<std::optional<Membership>>&,
                     std::vector<BoundOptions>, std::vector<std::shared_ptr<Plan>>,
-                    const std::vector<at::Tensor>&, const std::vector<bool>&>(),
+                    const std::vector<at::Tensor>&, const std::vector<bool>&,
+                    std::shared_ptr<ShardedClass>>(),
            py::arg("groups"), py::arg("state"), py::arg("members"), py::arg("options"),
-           py::arg("plans"), py::arg("steps"), py::arg("on_device"))
+           py::arg("plans"), py::arg("steps"), py::arg("on_device"), py::arg("sharded"))
       .def_property_readonly("plan_count", &SteadyState::plan_count)
       .def_property_readonly("row_count", &SteadyState::row_count)
       .def("bind", &SteadyState::bind, py::arg("state"))

@@ -66,18 +66,6 @@ void set_types(ElementType (&types)[2], at::ScalarType real) {
   if (real != at::kBFloat16) types[1] = element_type(c10::toComplexType(real));
 }
 
-// Where a parameter keeps its gradient; null where it never had one. torch's own accessor is behind
-// two calls.
-const at::Tensor* gradient_slot(const c10::TensorImpl& param) {
-  const auto* meta = static_cast<torch::autograd::AutogradMeta*>(param.autograd_meta());
-  return meta == nullptr ? nullptr : &meta->grad_;
-}
-
-const at::Tensor* gradient_of(const c10::TensorImpl& param) {
-  const at::Tensor* grad = gradient_slot(param);
-  return grad != nullptr && grad->defined() ? grad : nullptr;
-}
-
 std::vector<bool> have_state(const std::vector<std::optional<Membership>>& members) {
   std::vector<bool> have;
   for (const std::optional<Membership>& member : members) have.push_back(member.has_value());
@@ -112,8 +100,9 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
                          const std::vector<std::optional<Membership>>& members,
                          std::vector<BoundOptions> options,
                          std::vector<std::shared_ptr<Plan>> plans,
-                         const std::vector<at::Tensor>& steps, const std::vector<bool>& on_device)
-    : groups_(groups, have_state(members), std::move(options)) {
+                         const std::vector<at::Tensor>& steps, const std::vector<bool>& on_device,
+                         std::shared_ptr<ShardedClass> sharded)
+    : groups_(groups, have_state(members), std::move(options)), sharded_(std::move(sharded)) {
   for (size_t i = 0; i < plans.size(); ++i) {
     PlanStep& step = plans_.emplace_back();
     const at::ScalarType param = scalar_type(plans[i]->dtypes().param);
@@ -135,11 +124,13 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
       const std::optional<Membership>& found = *membership++;
       if (!found) continue;
       PlanStep& step = plans_.at(found->plan);
-      const at::Tensor& tensor = THPVariable_Unpack(param.ptr());
+      const bool is_sharded = sharded_ != nullptr && sharded_->holds(param.ptr());
+      const at::Tensor& tensor =
+          THPVariable_Unpack(is_sharded ? sharded_->local(param.ptr()) : param.ptr());
       member_of[param.ptr()] = static_cast<int64_t>(members_.size());
       members_.push_back({param.ptr(), static_cast<uint32_t>(found->plan),
                           static_cast<uint32_t>(step.grads.size()),
-                          static_cast<uint32_t>(found->options), tensor.is_complex(),
+                          static_cast<uint32_t>(found->options), tensor.is_complex(), is_sharded,
                           tensor.key_set()});
       step.grads.push_back(nullptr);
       step.rows.push_back(0);
@@ -153,6 +144,7 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
   }
   last_rows_.resize(groups_.options().size());
   footprints_.resize(members_.size());
+  if (sharded_ != nullptr) specs_.resize(members_.size());
   for (const auto& [key, value] : state) {
     const auto found = member_of.find(key.ptr());
     state_.push_back({key.ptr(), found == member_of.end() ? -1 : found->second});
@@ -161,14 +153,15 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
 
 void SteadyState::clear() {
   members_.clear();
+  specs_.clear();
   state_.clear();
   groups_.clear();
 }
 
 bool SteadyState::bind(const py::handle& state) {
   for (const Member& member : members_) {
-    const at::Tensor& param = THPVariable_Unpack(member.param);
-    if (param.key_set().has(c10::DispatchKey::Python) || param.is_inference()) return false;
+    const bool is_inference = THPVariable_Unpack(member.param).is_inference();
+    if (member.key_set.has(c10::DispatchKey::Python) || is_inference) return false;
   }
   std::vector<std::vector<TensorEntry>> entries(plans_.size());
   for (size_t i = 0; i < plans_.size(); ++i) entries[i].resize(plans_[i].grads.size());
@@ -181,6 +174,10 @@ bool SteadyState::bind(const py::handle& state) {
     const void* grad = nullptr;
     TensorEntry* entry = &entries[member.plan][member.slot];
     if (!read_member(state_[i].member, values, entry, &grad)) return false;
+    bool grad_is_placed_alike = false;
+    if (member.is_sharded && !compare_specs(&specs_[state_[i].member], &grad_is_placed_alike)) {
+      return false;
+    }
     ++bound;
   }
   if (bound != members_.size()) return false;
@@ -198,13 +195,18 @@ bool SteadyState::step(const py::handle& groups, const py::handle& state, Inputs
       return false;
     }
   }
-  if (!groups_.check(groups.ptr()) || !check_state(state.ptr()) || !can_use(inputs)) return false;
+  if (!groups_.check(groups.ptr()) || !check_state(state.ptr())) return false;
+  std::vector<py::object> redistributed;
+  if (!specs_.empty() && !settle_specs(&redistributed)) return false;
+  for (const Member& member : members_) {
+    PlanStep& step = plans_[member.plan];
+    step.has_grads = step.has_grads || step.grads[member.slot] != nullptr;
+  }
+  if (!can_use(inputs)) return false;
   // The GIL is kept: only it holds the tensors whose addresses are used here.
   if (std::isfinite(inputs.max_grad_norm)) {
     std::vector<at::Tensor> sums;
-    for (PlanStep& step : plans_) {
-      if (step.has_grads) sums.push_back(step.plan->squared_norm(step.grads));
-    }
+    for (PlanStep& step : plans_) sums.push_back(step.plan->squared_norm(step.grads));
     inputs.grad_norm = norm_of_sums(sums, inputs.grad_scale);
   }
   const bool host_steps = find_rows(inputs);
@@ -230,6 +232,9 @@ bool SteadyState::step(const py::handle& groups, const py::handle& state, Inputs
       if (!step.on_device) step.counts[member.slot] += 1;
       // Written by address: autograd has to be told, to find what it saved changed.
       THPVariable_Unpack(member.param).unsafeGetTensorImpl()->bump_version();
+      if (member.is_sharded) {
+        THPVariable_Unpack(sharded_->local(member.param)).unsafeGetTensorImpl()->bump_version();
+      }
     }
   });
   return true;
@@ -293,6 +298,7 @@ bool SteadyState::check_state(PyObject* state) {
   for_members([&](size_t first, size_t last) {
     for (size_t i = first; i < last; ++i) {
       prefetch(i, last);
+      if (!specs_.empty()) prefetch_sharded(i, last);
       const Member& member = members_[i];
       PlanStep& step = plans_[member.plan];
       TensorEntry entry;
@@ -303,12 +309,7 @@ bool SteadyState::check_state(PyObject* state) {
       }
     }
   });
-  if (!unchanged) return false;
-  for (const Member& member : members_) {
-    PlanStep& step = plans_[member.plan];
-    step.has_grads = step.has_grads || step.grads[member.slot] != nullptr;
-  }
-  return true;
+  return unchanged;
 }
 
 // In three stages, each of which reads what the one before fetched: what does not move, the
@@ -348,7 +349,16 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
   const Member& member = members_[index];
   const PlanStep& step = plans_[member.plan];
   Footprint& footprint = footprints_[index];
-  c10::TensorImpl& param = *THPVariable_Unpack(member.param).unsafeGetTensorImpl();
+  PyObject* part = member.param;
+  if (member.is_sharded) {
+    specs_[index].is_settled = true;
+    specs_[index].param_impl = THPVariable_Unpack(member.param).unsafeGetTensorImpl();
+    part = part_of(index, member.param, Specs::param);
+    if (part == nullptr) return false;
+  }
+  // The parameter has the gradient, its part the elements.
+  const c10::TensorImpl& owner = *THPVariable_Unpack(member.param).unsafeGetTensorImpl();
+  c10::TensorImpl& param = *THPVariable_Unpack(part).unsafeGetTensorImpl();
   const ElementType param_type = step.param_types[member.is_complex];
   if (param.key_set() != member.key_set || param.dtype() != param_type.type ||
       param.device() != step.plan->device() || !param.is_non_overlapping_and_dense()) {
@@ -359,7 +369,7 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
   *entry = {layout.mutable_address(param, param_type.bytes), nullptr, nullptr, nullptr,
             layout.numel() << member.is_complex};
   footprint.values = values;
-  footprint.grad = gradient_slot(param);
+  footprint.grad = gradient_slot(owner);
   footprint.version_counter = counter_of(param.version_counter());
   footprint.objects[0] = member.param;
   footprint.tensors[0] = &param;
@@ -375,6 +385,10 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
   while (found < expected && PyDict_Next(values, &position, &key, &value)) {
     const StateKeys::Key name = keys.find(key);
     if (name == StateKeys::other || (name == StateKeys::max_exp_avg_sq && !amsgrad)) continue;
+    if (member.is_sharded && name != StateKeys::step) {
+      value = part_of(index, value, static_cast<Specs::Which>(name));
+      if (value == nullptr) return false;
+    }
     if (!THPVariable_CheckExact(value)) return false;
     c10::TensorImpl& tensor = *THPVariable_Unpack(value).unsafeGetTensorImpl();
     ++found;
@@ -406,14 +420,12 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
   if (found < expected) return false;
 
   *grad = nullptr;
-  if (const at::Tensor* gradient = gradient_of(param)) {
+  if (const at::Tensor* gradient = gradient_of(owner)) {
     const c10::TensorImpl& tensor = *gradient->unsafeGetTensorImpl();
-    const ElementType grad_type = step.grad_types[member.is_complex];
-    if (!layout.holds_for(tensor, grad_type)) return false;
-    // Read while it is written: the check in Python says what to do.
-    if (tensor.unsafe_storage().unsafeGetStorageImpl() == footprint.storages[0]) return false;
-    *grad = entry->numel == 0 ? &kEmptyGradient : layout.address(tensor, grad_type.bytes);
+    return member.is_sharded ? read_sharded_gradient(index, layout, tensor, grad)
+                             : read_gradient(index, layout, tensor, grad);
   }
+  if (member.is_sharded) specs_[index].seen[Specs::grad] = nullptr;
   return true;
 }
 

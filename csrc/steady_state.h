@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "plan.h"
+#include "sharded_class.h"
 #include "steady_groups.h"
 #include "tensor_checks.h"
 
@@ -32,11 +33,13 @@ class SteadyState {
   // `members` has an entry for every parameter in the groups' order, nullopt for those without
   // state. `steps` holds, for each plan, the step counts of its parameters in that order, and each
   // one's state[p]["step"] is a view of it: on the plan's device where `on_device`, which derives
-  // its scalars there, else on the CPU.
+  // its scalars there, else on the CPU. `sharded` is the class of those parameters that are spread
+  // over processes, whose own part is what is stepped; null where there are none.
   SteadyState(const pybind11::list& groups, const pybind11::dict& state,
               const std::vector<std::optional<Membership>>& members,
               std::vector<BoundOptions> options, std::vector<std::shared_ptr<Plan>> plans,
-              const std::vector<at::Tensor>& steps, const std::vector<bool>& on_device);
+              const std::vector<at::Tensor>& steps, const std::vector<bool>& on_device,
+              std::shared_ptr<ShardedClass> sharded);
 
   // Hands the plans the tensors' addresses; false if some tensor is no ordinary one: then this
   // cannot be used. To be called once, before the first step.
@@ -52,7 +55,7 @@ class SteadyState {
 
     bool may_skip() const { return found_inf || grad_norm; }
   };
-  // The norm, from the sum of squares of each plan that has gradients, and the gradients' scale.
+  // The norm, from the sum of squares of each plan, and the gradients' scale.
   using NormOfSums =
       std::function<at::Tensor(const std::vector<at::Tensor>&, const std::optional<at::Tensor>&)>;
 
@@ -76,7 +79,20 @@ class SteadyState {
     uint32_t slot;  // in the plan
     uint32_t options;
     bool is_complex;
+    bool is_sharded;
     c10::DispatchKeySet key_set;
+  };
+  // The specs of a sharded member's tensors. Those that agreed in an earlier step are known by
+  // address; comparing others takes Python, and so the thread that holds the GIL.
+  struct Specs {
+    enum Which { param, exp_avg, exp_avg_sq, max_exp_avg_sq, grad, count };
+    pybind11::object agreed[count];
+    PyObject* seen[count] = {};  // in this step, borrowed
+    bool is_settled = true;
+    // Where the last step found the tensors and this process's parts of them, as in Footprint.
+    const void* tensors[grad] = {};
+    const void* parts[grad] = {};
+    const void* param_impl = nullptr;
   };
   // Where the last step found what the next one will read: thousands of small objects all over
   // memory, which are prefetched some members ahead. Never followed, so they may be out of date.
@@ -117,6 +133,8 @@ class SteadyState {
   bool check_state(PyObject* state);
   // Reads a member's tensors; false where one is not as it was checked.
   bool read_member(size_t index, PyObject* values, TensorEntry* entry, const void** grad);
+  bool read_gradient(size_t index, const ParamLayout& layout, const c10::TensorImpl& gradient,
+                     const void** grad) const;
   void prefetch(size_t index, size_t end) const;
   // Calls body(first, last) for shares of the members, on torch's CPU threads.
   template <typename Body>
@@ -129,9 +147,24 @@ class SteadyState {
   uint32_t device_row_of(PlanStep* step, size_t options);
   static void step_on_device(const PlanStep& step, const Inputs& inputs, int64_t* skipped_steps);
 
+  // Of sharded members (steady_sharded.cpp).
+  bool read_sharded_gradient(size_t index, const ParamLayout& layout,
+                             const c10::TensorImpl& gradient, const void** grad);
+  // This process's part of one of a member's tensors; null if it has none to be read here.
+  PyObject* part_of(size_t index, PyObject* tensor, Specs::Which which);
+  PyObject* gradient_object(const Member& member) const;
+  // Compares the specs that have changed, and reads the gradients left out for that; once all
+  // agree, has those redistributed that are placed otherwise than their parameters, into `held`.
+  bool settle_specs(std::vector<pybind11::object>* held);
+  // False if a spec is of another mesh, or a state tensor's of other placements.
+  bool compare_specs(Specs* specs, bool* grad_is_placed_alike) const;
+  void prefetch_sharded(size_t index, size_t end) const;
+
   SteadyGroups groups_;
   std::vector<Member> members_;
   std::vector<Footprint> footprints_;  // by member
+  std::shared_ptr<ShardedClass> sharded_;
+  std::vector<Specs> specs_;  // by member, if any is sharded
   std::vector<StateEntry> state_;
   std::vector<PlanStep> plans_;
 
@@ -139,5 +172,20 @@ class SteadyState {
   std::vector<LastRow> last_rows_;            // by options
   std::unordered_map<uint64_t, uint32_t> rows_;
 };
+
+inline bool SteadyState::read_gradient(size_t index, const ParamLayout& layout,
+                                       const c10::TensorImpl& gradient, const void** grad) const {
+  const Member& member = members_[index];
+  const ElementType grad_type = plans_[member.plan].grad_types[member.is_complex];
+  if (!layout.holds_for(gradient, grad_type)) return false;
+  // Read while it is written: the check in Python says what to do.
+  if (gradient.unsafe_storage().unsafeGetStorageImpl() == footprints_[index].storages[0]) {
+    return false;
+  }
+  // One without elements may have no address, and yet counts as a gradient.
+  static constexpr char kEmptyGradient = 0;
+  *grad = layout.numel() == 0 ? &kEmptyGradient : layout.address(gradient, grad_type.bytes);
+  return true;
+}
 
 }  // namespace adamal

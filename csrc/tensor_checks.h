@@ -2,7 +2,9 @@
 // of tensors a step.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/core/TensorImpl.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <cstddef>
 #include <cstring>
@@ -76,6 +78,18 @@ class ParamLayout {
   c10::DispatchKeySet key_set_;
   c10::Device device_;
 };
+
+// Where a parameter keeps its gradient; null where it never had one. torch's own accessor is behind
+// two calls.
+inline const at::Tensor* gradient_slot(const c10::TensorImpl& param) {
+  const auto* meta = static_cast<torch::autograd::AutogradMeta*>(param.autograd_meta());
+  return meta == nullptr ? nullptr : &meta->grad_;
+}
+
+inline const at::Tensor* gradient_of(const c10::TensorImpl& param) {
+  const at::Tensor* grad = gradient_slot(param);
+  return grad != nullptr && grad->defined() ? grad : nullptr;
+}
 
 // The address of a version's counter, which the class keeps to itself: to prefetch, never to
 // follow.

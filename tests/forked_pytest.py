@@ -13,14 +13,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-_CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         "pytest",
         "hypothesis",
         "torch",
         "torch._dynamo",  # which the first step of an optimizer imports
         "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "torch.distributed.optim",
+        "torch.distributed.tensor.parallel",
     ]
 )
 
@@ -31,7 +34,7 @@ def run_pytest(folder: Path, selection: Sequence[str]) -> tuple[int | None, str]
     Returns:
         Pytest's exit status and what it printed.
     """
-    process = _CONTEXT.Process(target=_run, args=(folder, selection))
+    process = CONTEXT.Process(target=_run, args=(folder, selection))
     process.start()
     process.join()
     return process.exitcode, (folder / "pytest.log").read_text()

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from adamal_kernels.backends import BACKENDS
 from adamal_kernels.bucket import BucketKey, SecondMoment
+from adamal_kernels.distributed import local_part
 from adamal_kernels.dtypes import DtypePair
 from adamal_kernels.verify import devices, same_bits
 
@@ -75,5 +76,5 @@ def _snapshot(optimizer: Optimizer) -> tuple[list[dict[str, Any]], dict[str, tor
                 if not isinstance(value, torch.Tensor) or value.is_meta:
                     continue
                 if value.layout == torch.strided:
-                    values[f"{g}.{i}.{name}"] = value.detach().clone()
+                    values[f"{g}.{i}.{name}"] = local_part(value.detach()).clone()
     return groups, values

@@ -13,7 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import Place
-from test_steady_state import Pair, checked, skip_all, with_gradients_missing
+from test_steady_state import (
+    Pair,
+    checked,
+    new_pair,
+    on_places_of_steady_steps,
+    skip_all,
+    with_gradients_missing,
+)
 from torch import Tensor
 
 from adamal_kernels import AdamAL, Box
@@ -27,7 +34,7 @@ from adamal_kernels.hyperparameters import (
 )
 from adamal_kernels.verify import Values, different_values, run_case, same_bits
 
-__all__ = ["checked"]  # a fixture
+__all__ = ["checked", "new_pair"]  # fixtures
 
 STEPS = 6
 BETAS = (0.0, 0.1, 0.5, 0.9, 0.95, 0.99, 0.999, 0.9999, 1 - 2.0**-53)
@@ -148,8 +155,8 @@ def test_one_group_of_two_is_capturable(place: Place) -> None:
     assert different_values(found, of_the_host(case, place.device)) == []
 
 
-def capturable(**options: Any) -> Pair:
-    return Pair(capturable=True, weight_decay=0.1, projection=Box(-0.5, 0.5), **options)
+def capturable(place: Place, **options: Any) -> Pair:
+    return Pair(place, capturable=True, weight_decay=0.1, projection=Box(-0.5, 0.5), **options)
 
 
 def assert_steady(pair: Pair, checked: list[str], change: Callable[[Any, Any], None]) -> None:
@@ -164,10 +171,11 @@ def assert_steady(pair: Pair, checked: list[str], change: Callable[[Any, Any], N
     assert checked == []
 
 
+@on_places_of_steady_steps
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_tensors_changed_in_place_are_seen(
-    checked: list[str], dtype: torch.dtype, on_device: bool
+    new_pair: Callable[..., Pair], checked: list[str], dtype: torch.dtype, on_device: bool
 ) -> None:
     def change(optimizer: Any, params: Any) -> None:
         group = optimizer.param_groups[0]
@@ -179,7 +187,7 @@ def test_tensors_changed_in_place_are_seen(
         "lr": torch.tensor([0.1], dtype=dtype),
         "betas": (torch.tensor(0.9, dtype=dtype), torch.tensor([[0.99]], dtype=dtype)),
     }
-    pair = Pair(capturable=on_device, projection=Box(-0.5, 0.5))
+    pair = new_pair(capturable=on_device, projection=Box(-0.5, 0.5))
     pair.both(lambda optimizer, _: optimizer.param_groups[0].update(clones(tensors)))
     before = [p.detach().clone() for p in pair.params[0]]
     assert_steady(pair, checked, change)
@@ -192,8 +200,11 @@ def clones(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, **copied, "betas": betas}
 
 
+@on_places_of_steady_steps
 @pytest.mark.parametrize("on_device", [False, True])
-def test_numbers_become_tensors_and_back(checked: list[str], on_device: bool) -> None:
+def test_numbers_become_tensors_and_back(
+    new_pair: Callable[..., Pair], checked: list[str], on_device: bool
+) -> None:
     values = iter(
         [
             *(torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)),
@@ -207,12 +218,15 @@ def test_numbers_become_tensors_and_back(checked: list[str], on_device: bool) ->
         optimizer.param_groups[0]["lr"] = value
         optimizer.param_groups[1]["betas"] = (value, value)
 
-    assert_steady(Pair(capturable=on_device, projection=Box(-0.5, 0.5)), checked, change)
+    assert_steady(new_pair(capturable=on_device, projection=Box(-0.5, 0.5)), checked, change)
 
 
+@on_places_of_steady_steps
 @pytest.mark.parametrize("change", [with_gradients_missing, skip_all])
-def test_gradients_come_and_go(checked: list[str], change: Callable[[Any, Any], None]) -> None:
-    assert_steady(capturable(), checked, change)
+def test_gradients_come_and_go(
+    place: Place, checked: list[str], change: Callable[[Any, Any], None]
+) -> None:
+    assert_steady(capturable(place), checked, change)
 
 
 def test_tensor_of_float64_is_the_number(place: Place) -> None:
@@ -290,8 +304,9 @@ def test_counts_of_any_size(place: Place, count: float) -> None:
     assert different_values([found], [expected]) == []
 
 
-def test_switched_in_a_running_optimizer() -> None:
-    pair = Pair()
+@on_places_of_steady_steps
+def test_switched_in_a_running_optimizer(new_pair: Callable[..., Pair]) -> None:
+    pair = new_pair()
     for on_device in (True, False, True):
         pair.step(2)
         for group in pair.optimizers[0].param_groups:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import Place, name_of, refused
-from test_steady_state import Pair, checked
+from test_steady_state import Pair, checked, new_pair, on_places_of_steady_steps
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -24,7 +24,7 @@ from adamal_kernels.hyperparameters import StepInputs, StepOptions
 from adamal_kernels.plan import Plan
 from adamal_kernels.verify import different_values, same_bits
 
-__all__ = ["checked"]  # a fixture
+__all__ = ["checked", "new_pair"]  # fixtures
 
 SHAPES = ((3, 5), (0,), (), (2, 3, 4, 5), (2100,))
 CLASSES = (AdamAL, AdamALW, Adam, AdamW)
@@ -227,9 +227,10 @@ def test_a_norm_that_is_not_finite_skips_the_step_whole(
     assert reference.skipped_steps.item() == 0
 
 
+@on_places_of_steady_steps
 @pytest.mark.parametrize("on_device", [False, True])
 def test_skipped_or_not_steps_are_repeated_without_python(
-    checked: list[str], on_device: bool
+    new_pair: Callable[..., Pair], checked: list[str], on_device: bool
 ) -> None:
     def spoil_last(optimizer: Any, params: list[Tensor]) -> None:
         for p in params:
@@ -244,7 +245,7 @@ def test_skipped_or_not_steps_are_repeated_without_python(
         optimizer.found_inf = torch.zeros(())
         optimizer.grad_scale = torch.full((1,), 3.0)
 
-    pair = Pair(max_grad_norm=2.0, capturable=on_device)
+    pair = new_pair(max_grad_norm=2.0, capturable=on_device)
     pair.step(2)
     checked.clear()
     for change in (spoil_last, told_of_infinity, spoil_last):

@@ -59,7 +59,13 @@ class Pair:
         assert different_values(found, expected) == []
 
 
-@pytest.fixture(params=[p for p in PLACES if p.values[0].backend in FUSED])
+REPEATED = [p for p in PLACES if p.values[0].backend in FUSED]
+
+# For tests of other modules, whose places are all there are.
+on_places_of_steady_steps = pytest.mark.parametrize("place", REPEATED)
+
+
+@pytest.fixture(params=REPEATED)
 def place(request: pytest.FixtureRequest) -> Place:
     """Every backend whose steps C++ repeats, wherever it can run."""
     return request.param
