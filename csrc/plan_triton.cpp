@@ -16,9 +16,55 @@ constexpr uintptr_t kAlignment = 16;
 // What the kernel reads of a tensor in every step.
 struct TensorInput {
   const void* grad;  // nullptr: no gradient in this step
-  int64_t row;       // of the scalars
+  int64_t row;       // of the scalars or options
 };
 static_assert(sizeof(TensorInput) % kAlignment == 0, "the scalars that follow must be aligned");
+
+// What the scalars of a step on the device are derived from. The twin of
+// adamal_kernels.backends.triton_plan.ScalarSource and OptionEntry, which the kernel reads as words
+// of 8 bytes.
+struct ScalarSource {
+  int64_t tensor_count;
+  float* counts;
+  const float* grad_scale;
+  const float* found_inf;
+  const double* grad_norm;
+  double max_grad_norm;
+  int64_t* skipped_steps;
+};
+static_assert(sizeof(ScalarSource) == 7 * 8);
+
+struct OptionEntry {
+  struct Address {
+    const void* number;
+    int64_t is_float64;
+  };
+
+  double lr, beta1, beta2, eps, weight_decay, lower, upper;
+  int64_t decoupled_weight_decay, maximize, bias_correction;
+  Address lr_address, beta1_address, beta2_address;
+};
+static_assert(sizeof(OptionEntry) == 16 * 8);
+
+OptionEntry entry_of(const DeviceOptions& options) {
+  const StepOptions& o = options.options;
+  const auto address_of = [](const DeviceOptions::Address& address) {
+    return OptionEntry::Address{address.number, address.is_float64};
+  };
+  return {o.lr,
+          o.beta1,
+          o.beta2,
+          o.eps,
+          o.weight_decay,
+          o.lower,
+          o.upper,
+          o.decoupled_weight_decay,
+          o.maximize,
+          o.bias_correction,
+          address_of(options.lr),
+          address_of(options.beta1),
+          address_of(options.beta2)};
+}
 
 // Host memory from which a copy to `device` need not wait for it. A block of pinned memory is not
 // handed out again by torch before the copies out of it have run; pageable memory is copied in the
@@ -35,20 +81,38 @@ void pack_scalars(const Bucket& bucket, char* target) {
   }
 }
 
+void pack_device_scalars(const Bucket& bucket, char* target) {
+  const DeviceScalars& device = *bucket.device;
+  const StepInputs& inputs = device.inputs;
+  const ScalarSource source{bucket.tensor_count, device.counts,    inputs.grad_scale,
+                            inputs.found_inf,    inputs.grad_norm, inputs.max_grad_norm,
+                            device.skipped_steps};
+  std::memcpy(target, &source, sizeof(source));
+  for (int64_t i = 0; i < device.option_count; ++i) {
+    const OptionEntry entry = entry_of(device.options[i]);
+    std::memcpy(target + sizeof(source) + i * sizeof(entry), &entry, sizeof(entry));
+  }
+}
+
 }  // namespace
 
 void TritonPlan::launch(const Bucket& bucket) {
   const py::gil_scoped_acquire gil;
-  if (update_alignment(bucket) || !handed_over_) {
-    handed_over_ = false;  // for as long as that may fail
-    hand_over(bucket);
-    handed_over_ = true;
-  }
-  launcher_.attr("launch")(pack_inputs(bucket));
+  hand_over_changes(bucket);
+  launcher_.attr("launch")(pack(bucket));
 }
 
-at::Tensor TritonPlan::launch_squared_norm(const Bucket&) {
-  TORCH_CHECK_NOT_IMPLEMENTED(false, "max_grad_norm is not implemented for backend='triton' yet");
+at::Tensor TritonPlan::launch_squared_norm(const Bucket& bucket) {
+  const py::gil_scoped_acquire gil;
+  hand_over_changes(bucket);
+  return launcher_.attr("squared_norm")(pack(bucket)).cast<at::Tensor>();
+}
+
+void TritonPlan::hand_over_changes(const Bucket& bucket) {
+  if (!update_alignment(bucket) && handed_over_) return;
+  handed_over_ = false;  // for as long as that may fail
+  hand_over(bucket);
+  handed_over_ = true;
 }
 
 bool TritonPlan::update_alignment(const Bucket& bucket) {
@@ -89,22 +153,28 @@ void TritonPlan::hand_over(const Bucket& bucket) {
   launcher_.attr("bind")(entries, aligned, others);
 }
 
-at::Tensor TritonPlan::pack_inputs(const Bucket& bucket) const {
+at::Tensor TritonPlan::pack(const Bucket& bucket) const {
   const bool is_double = dtypes().param == Dtype::float64;
   const int64_t input_bytes = bucket.tensor_count * sizeof(TensorInput);
   const int64_t row_bytes = is_double ? sizeof(StepScalars<double>) : sizeof(StepScalars<float>);
-  at::Tensor packed =
-      empty_host({input_bytes + bucket.scalar_count * row_bytes}, at::kByte, device());
+  const int64_t scalar_bytes =
+      bucket.device == nullptr
+          ? bucket.scalar_count * row_bytes
+          : sizeof(ScalarSource) + bucket.device->option_count * sizeof(OptionEntry);
+  at::Tensor packed = empty_host({input_bytes + scalar_bytes}, at::kByte, device());
   auto* const bytes = static_cast<char*>(packed.mutable_data_ptr());
   auto* const inputs = reinterpret_cast<TensorInput*>(bytes);
   for (int64_t i = 0; i < bucket.tensor_count; ++i) {
     const void* const grad = bucket.grads[i];
-    inputs[i] = {grad, grad == nullptr ? 0 : bucket.rows[i]};
+    inputs[i] = {grad, grad == nullptr || bucket.rows == nullptr ? 0 : bucket.rows[i]};
   }
-  if (is_double) {
-    pack_scalars<double>(bucket, bytes + input_bytes);
+  char* const scalars = bytes + input_bytes;
+  if (bucket.device != nullptr) {
+    pack_device_scalars(bucket, scalars);
+  } else if (is_double) {
+    pack_scalars<double>(bucket, scalars);
   } else {
-    pack_scalars<float>(bucket, bytes + input_bytes);
+    pack_scalars<float>(bucket, scalars);
   }
   return packed;
 }

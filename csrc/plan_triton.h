@@ -11,7 +11,8 @@
 namespace adamal {
 
 // Steps through an adamal_kernels.backends.triton_launcher.Launcher. It is handed the tables when
-// they change, and in every step the gradients' addresses, rows and scalars as one buffer.
+// they change, and in every step the gradients' addresses and rows, and the scalars or what the
+// device derives them from, as one buffer.
 // The twin of adamal_kernels.backends.triton_plan.PythonPlan.
 class TritonPlan : public Plan {
  public:
@@ -25,8 +26,9 @@ class TritonPlan : public Plan {
   at::Tensor launch_squared_norm(const Bucket& bucket) override;
   // Finds out which tensors may take wide accesses; whether that differs from the last step.
   bool update_alignment(const Bucket& bucket);
+  void hand_over_changes(const Bucket& bucket);
   void hand_over(const Bucket& bucket);
-  at::Tensor pack_inputs(const Bucket& bucket) const;
+  at::Tensor pack(const Bucket& bucket) const;
 
   pybind11::object launcher_;
   std::vector<bool> aligned_;  // by tensor: all of its streams start at multiples of 16 bytes

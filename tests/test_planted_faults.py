@@ -444,10 +444,42 @@ TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
     "a stream reads the tables of another": (
         Fault(
             "adamal_kernels/backends/triton_launcher.py",
-            "if stream != self._stream:",
-            "if self._stream is None:",
+            "if tables is None or (stream != tables.stream and not capturing):",
+            "if tables is None:",
         ),
         "test_triton_interpreter.py::test_each_stream_has_its_tables[C++]",
+    ),
+    "a capture's tables are taken for filled": (
+        Fault(
+            "adamal_kernels/backends/triton_launcher.py",
+            "if not capturing:\n                self._tables = tables",
+            "self._tables = tables",
+        ),
+        "test_triton_interpreter.py::test_captured_steps[1]",
+    ),
+    "a step that is skipped is taken": (
+        Fault(
+            "adamal_kernels/backends/triton_kernels.py",
+            "remaining = tl.where(tl.load(scalars) == 0, 0, remaining)",
+            "remaining = remaining",
+        ),
+        "test_triton_interpreter.py::test_scalars_derived_on_the_device[C++-skipped]",
+    ),
+    "a skipped step is counted as taken": (
+        Fault(
+            "adamal_kernels/backends/triton_scalars.py",
+            "tl.where(taken, tl.load(source), 0)",
+            "tl.load(source)",
+        ),
+        "test_triton_interpreter.py::test_scalars_derived_on_the_device[C++-skipped]",
+    ),
+    "squares are added in the compiler's order": (
+        Fault(
+            "adamal_kernels/backends/triton_norm.py",
+            "tl.sum(_add_neighbours(values, COUNT, LEVELS - 1), axis=0)",
+            "tl.sum(values, axis=0)",
+        ),
+        "test_triton_interpreter.py::test_norm_of_gradients[float32-float32]",
     ),
     "a prepared launch takes one table for another": (
         Fault(

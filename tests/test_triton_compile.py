@@ -60,10 +60,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def compile_step(
-    dtypes: DtypePair, second_moment: SecondMoment, target: GPUTarget, *, aligned: bool = True
+    dtypes: DtypePair,
+    second_moment: SecondMoment,
+    target: GPUTarget,
+    *,
+    aligned: bool = True,
+    device_scalars: bool = False,
 ) -> Any:
     """Compile what TritonBackend launches: its tables all start at multiples of 16 bytes."""
-    key = BucketKey(torch.device("cuda", 0), dtypes, second_moment)
+    key = BucketKey(torch.device("cuda", 0), dtypes, second_moment, device_scalars)
     constants = triton_kernels.constants(key, target, aligned=aligned)
     signature = {
         "tensors": "*i64",

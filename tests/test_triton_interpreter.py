@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton_device_scalars as device_checks
 import triton_interpreter as checks
 from triton_interpreter import BLOCK, STREAMS, VARIANTS, Shape
 
 from adamal_kernels.backends.triton import TritonBackend
 from adamal_kernels.bucket import BucketKey, SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
+from adamal_kernels.gradient_norm import LANES, chunk_elements
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -153,6 +155,53 @@ def test_steady_state() -> None:
 @every_plan
 def test_scalars_are_rounded_once(interpreted: Run, plan: str) -> None:
     interpreted(checks.check_scalars_are_rounded_once, plan)
+
+
+@pytest.mark.parametrize("given", device_checks.INPUTS)
+@every_plan
+def test_scalars_derived_on_the_device(interpreted: Run, plan: str, given: str) -> None:
+    interpreted(device_checks.check_derived, plan, DTYPE_PAIRS[1], given)
+
+
+@every_pair
+def test_scalars_derived_on_the_device_are_rounded_once(
+    interpreted: Run, dtypes: DtypePair
+) -> None:
+    interpreted(device_checks.check_derived, "C++", dtypes, "unscaled and clipped")
+
+
+def test_more_tensors_than_a_program_derives_scalars_of(interpreted: Run) -> None:
+    interpreted(device_checks.check_derived, "C++", DTYPE_PAIRS[1], "unscaled", tensors=260)
+
+
+@every_pair
+def test_norm_of_gradients(interpreted: Run, dtypes: DtypePair) -> None:
+    numels = device_checks.norm_sizes(dtypes)
+    interpreted(device_checks.check_norm, dtypes, numels)
+
+
+def test_norm_of_more_chunks_than_lanes(interpreted: Run) -> None:
+    numels = (LANES * chunk_elements(torch.float64) + 3 * BLOCK + 5,)
+    interpreted(device_checks.check_norm, DTYPE_PAIRS[1], numels)
+
+
+@pytest.mark.parametrize("numels", [(9,), (0, 2), (1, 5000)], ids=str)
+def test_norm_of_special_gradients(interpreted: Run, numels: tuple[int, ...]) -> None:
+    interpreted(device_checks.check_norm, FLOAT32, numels, special=True)
+
+
+@every_plan
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("capturable", [True, False])
+def test_scaled_clipped_and_skipped_steps(
+    interpreted: Run, plan: str, capturable: bool, max_grad_norm: float | None
+) -> None:
+    interpreted(device_checks.check_optimizer, plan, capturable, max_grad_norm)
+
+
+@pytest.mark.parametrize("steps_before", [1, 3])
+def test_captured_steps(interpreted: Run, steps_before: int) -> None:
+    interpreted(device_checks.check_capture, steps_before)
 
 
 def test_available_in_the_interpreter(interpreted: Run) -> None:

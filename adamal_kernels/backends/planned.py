@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from array import array
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -41,7 +42,8 @@ class PlannedBackend:
             plan = bucket.workspace["plan"] = self.new_plan(bucket.key)
         plan.bind(bucket.params, bucket.exp_avgs, bucket.exp_avg_sqs, bucket.max_exp_avg_sqs)
         if bucket.device_scalars is not None:
-            _step_on_device(plan, bucket, bucket.device_scalars)
+            bound = bound_options if self.has_native_plans else _same
+            _step_on_device(plan, bucket, bucket.device_scalars, bound)
             return
         scalars = array("d")
         for row in bucket.scalars:
@@ -65,13 +67,15 @@ def bound_options(
     return extension.BoundOptions(group=group, device=device, **numbers)
 
 
-def _step_on_device(plan: Any, bucket: Bucket, source: DeviceScalars) -> None:
+def _step_on_device(
+    plan: Any, bucket: Bucket, source: DeviceScalars, bound: Callable[[StepOptions], Any]
+) -> None:
     # One pack, which the kernel can index; the counts are views of one from the next step on.
     counts = torch.stack(source.steps)
     inputs = source.inputs
     plan.step_on_device(
         bucket.grads,
-        [bound_options(options) for options in source.options],
+        [bound(options) for options in source.options],
         [
             tuple(value if isinstance(value, Tensor) else None for value in options[:3])
             for options in source.options
@@ -85,6 +89,10 @@ def _step_on_device(plan: Any, bucket: Bucket, source: DeviceScalars) -> None:
         skipped_steps=inputs.skipped_steps,
     )
     torch._foreach_copy_(source.steps, list(counts.unbind()))
+
+
+def _same(options: StepOptions) -> StepOptions:
+    return options
 
 
 def _one(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -35,8 +35,6 @@ class TritonBackend(PlannedBackend):
         """See :class:`adamal_kernels.backends.Backend`."""
         if key.dtypes not in DTYPE_PAIRS:
             return f"{key.dtypes} is not in DTYPE_PAIRS"
-        if key.device_scalars:
-            return "scalars derived on the device are not implemented yet; use backend='cuda'"
         interpreted_bfloat16 = key.device.type == "cpu" and torch.bfloat16 in key.dtypes
         if interpreted_bfloat16 and not _kernels().casts_bfloat16_correctly():
             return (

@@ -22,8 +22,11 @@ from .triton_plan import TensorEntry
 
 __all__ = [
     "BLOCK",
+    "DTYPES",
+    "ROWS_HEADER",
     "casts_bfloat16_correctly",
     "constants",
+    "elements",
     "interpreted",
     "launch_options",
     "step_kernel",
@@ -37,9 +40,12 @@ Four a thread: with eight, Triton sends 16-bit streams through shared memory, to
 eight values for the moments' four, with a dozen barriers; and float64 takes 171 registers.
 """
 
+ROWS_HEADER = 4
+"""Elements before the rows of scalars that the device derived: the first tells a step taken."""
+
 _THREADS = 256
 
-_DTYPES = {
+DTYPES = {  # Triton's names of torch's types
     torch.float32: tl.float32,
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
@@ -51,6 +57,7 @@ _AMSGRAD = tl.constexpr(SecondMoment.AMSGRAD.value)
 _TENSOR_WORDS = tl.constexpr(len(TensorEntry._fields))
 _SCALARS = tl.constexpr(len(StepScalars._fields))
 _BLOCK = tl.constexpr(BLOCK)
+_ROWS_HEADER = tl.constexpr(ROWS_HEADER)
 _VECTOR_BYTES = tl.constexpr(16)
 
 
@@ -66,11 +73,12 @@ def constants(key: BucketKey, target: GPUTarget | None, *, aligned: bool) -> dic
     ``aligned`` promises, unchecked, that every tensor starts at a multiple of 16 bytes.
     """
     return {
-        "PARAM": _DTYPES[key.dtypes.param],
-        "GRAD": _DTYPES[key.dtypes.grad],
-        "COMPUTE": _DTYPES[compute_dtype(key.dtypes.param)],
+        "PARAM": DTYPES[key.dtypes.param],
+        "GRAD": DTYPES[key.dtypes.grad],
+        "COMPUTE": DTYPES[compute_dtype(key.dtypes.param)],
         "SECOND_MOMENT": key.second_moment.value,
         "ALIGNED": aligned,
+        "DEVICE_SCALARS": key.device_scalars,
         "PACKS": _is_nvidia(target) and target.arch >= 100,
     }
 
@@ -228,7 +236,7 @@ def _update_block(
 
 
 @triton.jit
-def _elements(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def elements(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Return pointers to the block of a tensor that begins at element ``start``."""
     first = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:
@@ -248,6 +256,7 @@ def step_kernel(
     COMPUTE: tl.constexpr,
     SECOND_MOMENT: tl.constexpr,
     ALIGNED: tl.constexpr,
+    DEVICE_SCALARS: tl.constexpr,
     PACKS: tl.constexpr,
 ):
     """Step every work item of a bucket.
@@ -255,21 +264,26 @@ def step_kernel(
     ``tensors`` are rows of TensorEntry; ``items`` int32 pairs of a tensor and its block of
     ``BLOCK`` elements; ``inputs`` int64 pairs, for each tensor, of its gradient's address (0: none
     in this step, and nothing changes) and its row of ``scalars``, which are StepScalars in the
-    compute type. All start at multiples of 16 bytes. :func:`constants` has the rest.
+    compute type, or, with ``DEVICE_SCALARS``, what :func:`.derive_kernel` left: then a tensor has
+    the row of its own index. All start at multiples of 16 bytes. :func:`constants` has the rest.
     """
     item = items + 2 * tl.program_id(0)
     index = tl.load(item)
     start = tl.load(item + 1).to(tl.int64) * _BLOCK
     tensor = tensors + _TENSOR_WORDS * index
-    param = _elements(tl.load(tensor), start, PARAM, ALIGNED)
-    exp_avg = _elements(tl.load(tensor + 1), start, COMPUTE, ALIGNED)
-    exp_avg_sq = _elements(tl.load(tensor + 2), start, COMPUTE, ALIGNED)
-    max_exp_avg_sq = _elements(tl.load(tensor + 3), start, COMPUTE, ALIGNED)
+    param = elements(tl.load(tensor), start, PARAM, ALIGNED)
+    exp_avg = elements(tl.load(tensor + 1), start, COMPUTE, ALIGNED)
+    exp_avg_sq = elements(tl.load(tensor + 2), start, COMPUTE, ALIGNED)
+    max_exp_avg_sq = elements(tl.load(tensor + 3), start, COMPUTE, ALIGNED)
     grad_address = tl.load(inputs + 2 * index)
     # Without a gradient no element remains, which costs no branch: the mask below is false.
     remaining = tl.where(grad_address == 0, 0, tl.load(tensor + 4) - start)
-    grad = _elements(grad_address, start, GRAD, ALIGNED)
-    row = scalars + _SCALARS * tl.load(inputs + 2 * index + 1)
+    grad = elements(grad_address, start, GRAD, ALIGNED)
+    if DEVICE_SCALARS:
+        remaining = tl.where(tl.load(scalars) == 0, 0, remaining)  # A step that is skipped.
+        row = scalars + _ROWS_HEADER + _SCALARS * index
+    else:
+        row = scalars + _SCALARS * tl.load(inputs + 2 * index + 1)
 
     # The branch is uniform: only a tensor's last block pays for a mask, which undoes vectors.
     if remaining >= _BLOCK:

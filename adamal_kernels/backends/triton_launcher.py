@@ -1,4 +1,4 @@
-"""Launching the Triton step: tables kept on the device, compiled kernels, one copy a step.
+"""Launching the Triton kernels: tables kept on the device, compiled kernels, one copy a step.
 
 Importing this imports Triton, which is slow: :mod:`.triton` does so on first use.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from triton.runtime.jit import JITFunction
 
 from ..bucket import BucketKey
 from ..dtypes import compute_dtype
-from . import triton_kernels
+from ..hyperparameters import StepScalars
+from . import triton_kernels, triton_norm, triton_scalars
+from .triton_plan import TensorEntry
 
 __all__ = ["Launcher", "prepare_launch", "triton_version"]
 
@@ -27,24 +30,53 @@ _OLDEST_DIRECT, _NEWEST_DIRECT = (3, 6), (3, 9)
 
 _INPUT_BYTES = 16  # of a tensor: its gradient's address and its row
 
+# What CUDA graphs read whenever they are replayed, kept until the process ends: nothing tells when
+# a graph is gone.
+_captured: list[tuple[Any, ...]] = []
+
+
+@dataclass(slots=True)
+class _Staged:
+    """Launches, and the device memory they read what changes in every step from."""
+
+    buffer: Tensor
+    launches: list[Callable[[int], None]]
+    memory: tuple[Tensor, ...] = ()
+    """Other device memory of theirs; of a norm, its sum of squares first."""
+
+
+@dataclass(slots=True)
+class _Tables:
+    """A binding's tables on the device, and the launches over them."""
+
+    stream: int
+    """On which the memory was allocated."""
+    entries: Tensor
+    items: list[tuple[bool, Tensor]]
+    """Whether they are all aligned, and they."""
+    step: _Staged | None = None
+    norm: _Staged | None = None
+
 
 class Launcher:
     """Launches the steps that a plan packs: ``csrc/plan_triton.h`` or :class:`.PythonPlan`.
 
     Every step copies one small buffer to the device and launches a kernel, or two where some
-    tensors are misaligned; nothing waits for the device.
+    tensors are misaligned, after another that derives the scalars where only the device knows
+    them; a norm takes three kernels more. Nothing waits for the device.
+
+    In a CUDA graph the copy is a node that reads the same host memory in every replay. Gradients
+    then stay where they were, so the same bytes are right, as long as nobody writes others there:
+    the buffer, and all that the captured kernels read, is kept.
     """
 
     def __init__(self, key: BucketKey) -> None:
         """Make a launcher for buckets of kind ``key``, to be bound before it launches."""
         self._key = key
         self._target = None if key.device.type == "cpu" else triton_kernels.target(key.device)
+        self._options = triton_kernels.launch_options(self._target)
         self._host_tables: tuple[Tensor, Tensor, Tensor]
-        self._stream: int | None = None  # on which all below was allocated
-        self._entries: Tensor
-        self._items: list[tuple[bool, Tensor]]
-        self._packed: Tensor | None = None
-        self._launches: list[Callable[[int], None]] = []
+        self._tables: _Tables | None = None
 
     def bind(self, entries: Tensor, aligned: Tensor, others: Tensor) -> None:
         """Take over the tables of the next steps.
@@ -58,7 +90,7 @@ class Launcher:
         All are host memory, pinned where the device is another.
         """
         self._host_tables = (entries, aligned, others)
-        self._stream = None
+        self._tables = None
 
     def launch(self, packed: Tensor) -> None:
         """Launch a step of the bound tensors on the device's current stream.
@@ -66,54 +98,132 @@ class Launcher:
         Args:
             packed: bytes, host memory as for :meth:`bind`: for each tensor two int64, its
                 gradient's address (0: none) and its row, then the rows of scalars in the compute
-                type.
+                type; with ``key.device_scalars`` a :class:`.ScalarSource` and rows of
+                :class:`.OptionEntry`.
         """
+        self._enqueue(packed, self._step_of)
+
+    def squared_norm(self, packed: Tensor) -> Tensor:
+        """Return the sum of squares of all gradients, a float64 scalar on the device.
+
+        Args:
+            packed: as for :meth:`launch`, without what follows the rows, which are not read.
+        """
+        return self._enqueue(packed, self._norm_of).memory[0].clone()
+
+    def _enqueue(self, packed: Tensor, staged_of: Callable[[_Tables, int], _Staged]) -> _Staged:
         with self._current_device():
-            stream = self._current_stream()
-            if stream != self._stream:
-                self._upload_tables(stream)
-            if self._packed is None or len(packed) > len(self._packed):
-                with torch.inference_mode(False):  # a step outside of it could not write there
-                    self._reserve(len(packed))
+            stream, capturing = self._current_stream(), self._is_capturing()
+            tables = self._tables_on(stream, capturing)
+            staged = staged_of(tables, len(packed))
             # The last step has read this before the copy is made: both are on this stream.
-            self._packed[: len(packed)].copy_(packed, non_blocking=True)
-            for launch in self._launches:
+            staged.buffer[: len(packed)].copy_(packed, non_blocking=True)
+            for launch in staged.launches:
                 launch(stream)
+            if capturing:
+                _captured.append((packed, self._host_tables, tables, staged))
+        return staged
 
-    def _upload_tables(self, stream: int) -> None:
+    def _tables_on(self, stream: int, capturing: bool) -> _Tables:
         # Freed memory is handed out again in the order of the stream it was allocated on: what is
-        # read on that one only may be dropped at any time. So another stream takes tables anew.
-        self._stream = None  # for as long as this may fail
-        entries, aligned, others = self._host_tables
-        self._entries = self._upload(entries)
-        self._items = [
-            (promise, self._upload(items))
-            for promise, items in ((True, aligned), (False, others))
-            if len(items) > 0
-        ]
-        self._packed = None
-        self._stream = stream
+        # read on that one only may be dropped at any time. So another stream takes tables anew,
+        # unless it is captured, for then they are kept.
+        tables = self._tables
+        if tables is None or (stream != tables.stream and not capturing):
+            self._tables = None  # for as long as this may fail
+            tables = self._upload_tables(stream)
+            if not capturing:
+                self._tables = tables
+        # What is made during a capture is filled by replays, and so of no use to other steps.
+        return replace(tables) if capturing else tables
 
-    def _reserve(self, size: int) -> None:
+    def _upload_tables(self, stream: int) -> _Tables:
+        entries, aligned, others = self._host_tables
+        return _Tables(
+            stream,
+            self._upload(entries),
+            [
+                (promise, self._upload(items))
+                for promise, items in ((True, aligned), (False, others))
+                if len(items) > 0
+            ],
+        )
+
+    def _step_of(self, tables: _Tables, size: int) -> _Staged:
+        step = tables.step
+        if step is None or size > len(step.buffer):
+            with torch.inference_mode(False):  # a step outside of it could not write there
+                step = self._reserve(tables, size)
+        return step
+
+    def _reserve(self, tables: _Tables, size: int) -> _Staged:
         """Make room for ``size`` bytes, and for twice as many scalars where their number grows."""
-        split = _INPUT_BYTES * len(self._entries)
-        if self._packed is not None:
+        split = _INPUT_BYTES * len(tables.entries)
+        if tables.step is not None:
             size += size - split
-        self._packed = None  # for as long as this may fail
-        packed = torch.empty(size, dtype=torch.uint8, device=self._key.device)
-        inputs = packed[:split].view(torch.int64)
-        scalars = packed[split:].view(compute_dtype(self._key.dtypes.param))
-        self._launches = [
-            prepare_launch(
-                triton_kernels.step_kernel,
-                (len(items), 1, 1),
-                (self._entries, items, inputs, scalars),
-                triton_kernels.constants(self._key, self._target, aligned=promise),
-                triton_kernels.launch_options(self._target),
-            )
-            for promise, items in self._items
+        tables.step = None  # for as long as this may fail
+        buffer = torch.empty(size, dtype=torch.uint8, device=self._key.device)
+        inputs = buffer[:split].view(torch.int64)
+        compute = compute_dtype(self._key.dtypes.param)
+        step = _Staged(buffer, [])
+        if self._key.device_scalars:
+            source = buffer[split:].view(torch.int64)
+            count = triton_kernels.ROWS_HEADER + len(tables.entries) * len(StepScalars._fields)
+            scalars = torch.empty(count, dtype=compute, device=self._key.device)
+            step.memory = (scalars,)
+            programs = triton.cdiv(len(tables.entries), triton_scalars.TENSORS_PER_PROGRAM)
+            kernel = triton_scalars.derive_kernel
+            step.launches.append(self._prepare(kernel, programs, (inputs, source, scalars)))
+        else:
+            scalars = buffer[split:].view(compute)
+        for promise, items in tables.items:
+            tensors = (tables.entries, items, inputs, scalars)
+            constants = triton_kernels.constants(self._key, self._target, aligned=promise)
+            kernel = triton_kernels.step_kernel
+            step.launches.append(self._prepare(kernel, len(items), tensors, constants))
+        tables.step = step
+        return step
+
+    def _norm_of(self, tables: _Tables, size: int) -> _Staged:
+        if tables.norm is None:
+            with torch.inference_mode(False):
+                tables.norm = self._prepare_norm(tables, size)
+        return tables.norm
+
+    def _prepare_norm(self, tables: _Tables, size: int) -> _Staged:
+        def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=self._key.device)
+
+        entries, count = tables.entries, len(tables.entries)
+        buffer = empty(size, dtype=torch.uint8)
+        inputs = buffer.view(torch.int64)
+        blocks = -(-entries[:, TensorEntry._fields.index("numel")] // triton_kernels.BLOCK)
+        first_items = blocks.cumsum(0) - blocks
+        item_sums = empty(sum(len(items) for _, items in tables.items))
+        tensor_sums, total = empty(count), empty()
+        tensor_count = torch.full_like(first_items[:1], count)
+        norm = _Staged(buffer, [], (total, first_items, item_sums, tensor_sums, tensor_count))
+        for promise, items in tables.items:
+            tensors = (entries, items, inputs, first_items, item_sums)
+            constants = triton_norm.constants(self._key, aligned=promise)
+            kernel = triton_norm.item_sums_kernel
+            norm.launches.append(self._prepare(kernel, len(items), tensors, constants))
+        levels = {"CHUNK_LEVELS": triton_norm.chunk_levels(compute_dtype(self._key.dtypes.param))}
+        tensors = (entries, first_items, item_sums, tensor_sums)
+        norm.launches += [
+            self._prepare(triton_norm.tensor_sums_kernel, count, tensors, levels),
+            self._prepare(triton_norm.total_kernel, 1, (tensor_sums, tensor_count, total)),
         ]
-        self._packed = packed
+        return norm
+
+    def _prepare(
+        self,
+        kernel: Any,
+        programs: int,
+        tensors: Sequence[Tensor],
+        constants: dict[str, object] | None = None,
+    ) -> Callable[[int], None]:
+        return prepare_launch(kernel, (programs, 1, 1), tensors, constants or {}, self._options)
 
     def _upload(self, host: Tensor) -> Tensor:
         return host.to(self._key.device, non_blocking=True)
@@ -127,6 +237,12 @@ class Launcher:
             return 0
         # As Triton asks for it: an integer, without the half-microsecond of a torch.cuda.Stream.
         return driver.active.get_current_stream(self._key.device.index)
+
+    def _is_capturing(self) -> bool:
+        # The optimizer refuses to be captured where the scalars are not the device's.
+        if self._target is None or not self._key.device_scalars:
+            return False
+        return torch.cuda.is_current_stream_capturing()
 
 
 def prepare_launch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,12 +12,12 @@ from torch import Tensor
 
 from ..bucket import BucketKey
 from ..dtypes import compute_dtype
-from ..hyperparameters import StepScalars
+from ..hyperparameters import StepOptions, StepScalars
 
 if TYPE_CHECKING:
     from .triton_launcher import Launcher
 
-__all__ = ["PythonPlan", "TensorEntry"]
+__all__ = ["OptionEntry", "PythonPlan", "ScalarSource", "TensorEntry"]
 
 _ALIGNMENT = 16
 
@@ -29,6 +30,45 @@ class TensorEntry(NamedTuple):
     exp_avg_sq: int
     max_exp_avg_sq: int
     numel: int
+
+
+class ScalarSource(NamedTuple):
+    """What the scalars of a step on the device are derived from, besides options; 8 bytes each.
+
+    Addresses are 0 where there is nothing: see :class:`adamal_kernels.hyperparameters.StepInputs`.
+    """
+
+    tensor_count: int
+    counts: int
+    grad_scale: int
+    found_inf: int
+    grad_norm: int
+    max_grad_norm: float
+    skipped_steps: int
+
+
+class OptionEntry(NamedTuple):
+    """A row of the options that scalars are derived from, 8 bytes each.
+
+    A number whose address is not 0 lies there, in float64 or else in float32.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    lower: float
+    upper: float
+    decoupled_weight_decay: int
+    maximize: int
+    bias_correction: int
+    lr_address: int
+    lr_is_float64: int
+    beta1_address: int
+    beta1_is_float64: int
+    beta2_address: int
+    beta2_is_float64: int
 
 
 class PythonPlan:
@@ -62,7 +102,55 @@ class PythonPlan:
         # Empty tensors have no address, and no work.
         if not any(entry.numel for entry in entries):
             return
-        addresses = [grad.data_ptr() for grad in grads]
+        table = torch.frombuffer(scalars, dtype=torch.float64).view(-1, len(StepScalars._fields))
+        self._launch(grads, rows, table.to(compute_dtype(self._key.dtypes.param)))
+
+    def step_on_device(
+        self,
+        grads: Sequence[Tensor],
+        options: Sequence[StepOptions],
+        scalar_tensors: Sequence[Sequence[Tensor | None]],
+        rows: Sequence[int],
+        counts: Tensor,
+        *,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        grad_norm: Tensor | None,
+        max_grad_norm: float,
+        skipped_steps: Tensor | None,
+    ) -> None:
+        """Step the bound tensors by scalars that are derived, and counted, on the device.
+
+        Args:
+            grads: of each tensor.
+            options: tensor ``i`` has ``options[rows[i]]``.
+            scalar_tensors: for each of them, what stands instead of lr, beta1 and beta2.
+            rows: of each tensor.
+            counts: float32, the steps each tensor has taken.
+            grad_scale: as all that follow in :class:`adamal_kernels.hyperparameters.StepInputs`.
+            found_inf: see there.
+            grad_norm: see there.
+            max_grad_norm: see there.
+            skipped_steps: see there.
+        """
+        source = ScalarSource(
+            len(grads),
+            counts.data_ptr(),
+            _address(grad_scale),
+            _address(found_inf),
+            _address(grad_norm),
+            max_grad_norm,
+            _address(skipped_steps),
+        )
+        packed = bytearray(struct.pack("=5qdq", *source))
+        for numbers, tensors in zip(options, scalar_tensors, strict=True):
+            packed += struct.pack("=7d9q", *_option_entry(numbers, tensors))
+        self._launch(grads, rows, torch.frombuffer(packed, dtype=torch.uint8))
+
+    def _launch(self, grads: Sequence[Tensor], rows: Sequence[int], table: Tensor) -> None:
+        entries = self._entries
+        # Not 0, which is no gradient: an empty tensor's steps are counted.
+        addresses = [grad.data_ptr() or _ALIGNMENT for grad in grads]
         aligned = [
             (e.param | e.exp_avg | e.exp_avg_sq | e.max_exp_avg_sq | grad) % _ALIGNMENT == 0
             for e, grad in zip(entries, addresses, strict=True)
@@ -74,7 +162,11 @@ class PythonPlan:
                 *(self._host(self._items(entries, aligned, wanted)) for wanted in (True, False)),
             )
             self._bound = (entries, aligned)
-        self._launcher.launch(self._host(self._pack(addresses, rows, scalars)))
+        inputs = torch.tensor(
+            list(zip(addresses, rows, strict=True)), dtype=torch.int64, device="cpu"
+        )
+        parts = [part.view(-1).view(torch.uint8) for part in (inputs, table)]
+        self._launcher.launch(self._host(torch.cat(parts)))
 
     def _items(self, entries: list[TensorEntry], aligned: list[bool], wanted: bool) -> Tensor:
         """Return int32 ``[item, 2]``: in order, every block of the tensors so aligned."""
@@ -86,13 +178,22 @@ class PythonPlan:
         chunks = torch.arange(len(tensors), device="cpu") - firsts
         return torch.stack([tensors, chunks], dim=1).to(torch.int32)
 
-    def _pack(self, grads: list[int], rows: Sequence[int], scalars: array[float]) -> Tensor:
-        """Return gradients and rows as int64, then the scalars in the compute type, as bytes."""
-        inputs = torch.tensor(list(zip(grads, rows, strict=True)), dtype=torch.int64, device="cpu")
-        table = torch.frombuffer(scalars, dtype=torch.float64).view(-1, len(StepScalars._fields))
-        table = table.to(compute_dtype(self._key.dtypes.param))
-        return torch.cat([part.view(-1).view(torch.uint8) for part in (inputs, table)])
-
     def _host(self, tensor: Tensor) -> Tensor:
         # See csrc/plan_triton.cpp.
         return tensor if self._key.device.type == "cpu" else tensor.pin_memory()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _option_entry(options: StepOptions, tensors: Sequence[Tensor | None]) -> OptionEntry:
+    numbers = {
+        name: 0.0 if isinstance(value, Tensor) else value
+        for name, value in options._asdict().items()
+    }
+    places = {}
+    for name, tensor in zip(("lr", "beta1", "beta2"), tensors, strict=True):
+        places[f"{name}_address"] = _address(tensor)
+        places[f"{name}_is_float64"] = tensor is not None and tensor.dtype == torch.float64
+    return OptionEntry(**numbers, **places)
