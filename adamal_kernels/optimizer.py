@@ -293,7 +293,8 @@ class AdamAL(_AdamBase):
             Default: ``"auto"``.
 
     State per parameter: ``step`` (float32 scalar on the CPU), ``exp_avg`` and ``exp_avg_sq``
-    (float64 for float64 parameters, else float32; laid out as the parameter).
+    (float64 for float64 parameters, else float32; laid out as the parameter, and for a DTensor
+    DTensors on its mesh with its placements). Of a DTensor each process steps its own part.
 
     Raises:
         TypeError, ValueError: an option is of a wrong type, out of range or contradicts another,
