@@ -377,7 +377,8 @@ class AdamAL(_AdamBase):
 
     State per parameter: ``step`` (float32 scalar, on the CPU unless the step's scalars are derived
     on the device), ``exp_avg`` and ``exp_avg_sq`` (float64 for float64 parameters, else float32;
-    laid out as the parameter).
+    laid out as the parameter, and for a DTensor DTensors on its mesh with its placements). Of a
+    DTensor each process steps its own part.
 
     :class:`torch.amp.GradScaler` leaves unscaling, and skipping steps with infinite gradients, to
     the step itself.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import distributed_cases
@@ -35,8 +36,9 @@ def run_world(size: int, folder: Path) -> Outcomes:
     ]
     for rank in ranks:
         rank.start()
+    deadline = time.monotonic() + LONGEST_SECONDS
     for rank in ranks:
-        rank.join(LONGEST_SECONDS)
+        rank.join(max(0, deadline - time.monotonic()))
     for rank in ranks:
         if rank.is_alive():
             rank.kill()
