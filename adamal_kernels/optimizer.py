@@ -16,6 +16,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
+from . import compiled
 from .checkpoint import feed_back_maxima, merge_groups, merge_state, saved_group
 from .foreign_checkpoints import as_torch_adam
 from .hyperparameters import StepInputs
@@ -41,13 +42,22 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
+            or (not torch.compiler.is_compiling() and torch.autograd._profiler_enabled())
         ):
             return recorded(self, *args, **kwargs)
         return step(self, *args, **kwargs)
 
-    hooked_step.hooked = True  # type: ignore[attr-defined]  # torch asks before it wraps
+    # torch asks before it wraps, and so do its schedulers, whose wrapper Dynamo cannot trace: they
+    # want to know of a step, which _opt_called tells them.
+    hooked_step.hooked = True  # type: ignore[attr-defined]
+    hooked_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     return hooked_step
+
+
+def _check_is_eager(name: str) -> None:
+    """The step sets such attributes when it runs, not when torch.compile traces it."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"{name} cannot be compiled; read it outside of the compiled function")
 
 
 class _AdamBase(Optimizer):
@@ -94,6 +104,7 @@ class _AdamBase(Optimizer):
             "backend": backend,
         }
         self._plan = Plan()
+        self._handle = compiled.new_handle(self)
         self.max_grad_norm = max_grad_norm
         check_options(defaults, optimizer=type(self).__name__, monotone=self._monotone)
         super().__init__(params, defaults)
@@ -139,12 +150,14 @@ class _AdamBase(Optimizer):
             RuntimeError, TypeError, ValueError, NotImplementedError: an option, a gradient or a
                 state tensor cannot be used; no parameter and no state has been changed then.
         """
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            check_capturable(self.param_groups, type(self).__name__)
+        if torch.compiler.is_compiling():
+            return compiled.step(self, closure)
+        check_capturable(self.param_groups, type(self).__name__)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._opt_called = True
         self._plan.step(self.param_groups, self.state, self._options, self._inputs())
         return loss
 
@@ -176,6 +189,7 @@ class _AdamBase(Optimizer):
         A float64 scalar on the first parameter's device, not waited for; None where
         ``max_grad_norm`` was None, or before the first step.
         """
+        _check_is_eager("last_grad_norm")
         return self._plan.grad_norm
 
     @property
@@ -184,6 +198,7 @@ class _AdamBase(Optimizer):
 
         An int64 scalar, where counts are on a device, on that device and not waited for.
         """
+        _check_is_eager("skipped_steps")
         if self._plan.skipped_steps is None:
             return torch.zeros((), dtype=torch.int64, device="cpu")
         return self._plan.skipped_steps.clone()
@@ -253,6 +268,8 @@ class _AdamBase(Optimizer):
             skipped_steps = self._plan.skipped_steps
         super().__setstate__(state)
         self._plan = Plan()
+        if "_handle" not in self.__dict__:
+            self._handle = compiled.new_handle(self)
         self._plan.skipped_steps = skipped_steps
 
     def __getstate__(self) -> dict[str, Any]:
@@ -381,6 +398,9 @@ class AdamAL(_AdamBase):
 
     :class:`torch.amp.GradScaler` leaves unscaling, and skipping steps with infinite gradients, to
     the step itself.
+
+    ``step()`` can be part of a function that ``torch.compile(fullgraph=True)`` compiles, or be
+    compiled itself: :mod:`adamal_kernels.compiled`.
 
     Raises:
         TypeError, ValueError: an option is of a wrong type, out of range or contradicts another,

@@ -21,7 +21,7 @@ from .options import GroupOptions
 from .rounding import rounded_sqrt
 from .steady_state import Binding, bind
 
-__all__ = ["Plan", "check_parameter", "new_state", "real_dtype"]
+__all__ = ["Plan", "check_parameter", "new_state", "prepare_state", "real_dtype"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAX_MOMENT = "max_exp_avg_sq"
@@ -71,6 +71,8 @@ class Plan:
         state: MutableMapping[Tensor, dict[str, Any]],
         read_options: Callable[[dict[str, Any]], GroupOptions],
         inputs: StepInputs,
+        *,
+        repeats: bool = True,
     ) -> None:
         """Step every parameter that has a gradient.
 
@@ -80,24 +82,25 @@ class Plan:
             read_options: checks a group and returns its options.
             inputs: what may scale, clip or skip the step. The norm is found here, if
                 ``max_grad_norm`` is finite.
+            repeats: whether steps of the same tensors are to be expected.
 
         Raises:
             RuntimeError, TypeError, ValueError, NotImplementedError: an option, a gradient, a
                 state tensor or a backend cannot be used; nothing has been changed then.
         """
         self.grad_norm = None
-        if self._steady_state is not None:
+        if repeats and self._steady_state is not None:
             inputs = inputs._replace(skipped_steps=self.skipped_steps)
             if self._steady_state.step(param_groups, state, *inputs, self._norm_of_sums):
                 return
             self._steady_state = None
         options = [read_options(group) for group in param_groups]
         if any(o.differentiable for o in options):
-            self._checked_step(param_groups, options, state, inputs)
+            self._checked_step(param_groups, options, state, inputs, repeats)
             return
         # Out of inference mode, so that new state is made of ordinary tensors.
         with torch.inference_mode(False), torch.no_grad():
-            self._checked_step(param_groups, options, state, inputs)
+            self._checked_step(param_groups, options, state, inputs, repeats)
 
     def _checked_step(
         self,
@@ -105,6 +108,7 @@ class Plan:
         options: Sequence[GroupOptions],
         state: MutableMapping[Tensor, dict[str, Any]],
         inputs: StepInputs,
+        repeats: bool,
     ) -> None:
         entries = [
             _check_entry(param, options[g], f"params[{i}] of group {g}", state, inputs)
@@ -116,7 +120,7 @@ class Plan:
             if held := state.get(entry.param):
                 _check_state(entry, held)
         _check_overlaps(entries, state)
-        if self._step_entries(entries, state, inputs):
+        if self._step_entries(entries, state, inputs) and repeats:
             self._steady_state = self._bind(param_groups, options, state, entries)
 
     def _step_entries(
@@ -269,6 +273,30 @@ def new_state(param: Tensor, second_moment: SecondMoment, step_device: Any) -> d
     return held
 
 
+def prepare_state(
+    param: Tensor,
+    options: GroupOptions,
+    where: str,
+    state: MutableMapping[Tensor, dict[str, Any]],
+    inputs: StepInputs,
+) -> None:
+    """Make, or move and cast, a parameter's state as the next step would.
+
+    Raises:
+        RuntimeError, TypeError, ValueError, NotImplementedError: the parameter, its state or a
+            backend cannot be used.
+    """
+    check_parameter(param, options, where)
+    _check_is_writable(param, where)
+    key = _key_without_grad(param, options, state.get(param), inputs)
+    entry = _Entry(
+        param, param, options, _bounds(options, key.dtypes.param), key, _pick(key, options), where
+    )
+    if held := state.get(param):
+        _check_state(entry, held)
+    _state_of(entry, state)
+
+
 def moment_dtype(param: Tensor) -> torch.dtype:
     """Return the type of a parameter's moments: the compute type, complex for complex ones."""
     dtype = compute_dtype(real_dtype(param.dtype))
@@ -283,6 +311,18 @@ def _check_is_ordinary(tensor: Tensor, what: str) -> None:
         )
 
 
+def _check_is_writable(param: Tensor, where: str) -> None:
+    if param.is_inference():
+        raise RuntimeError(
+            f"{where} was made in inference mode and cannot be changed; clone() it outside"
+        )
+    if param.is_meta:
+        raise RuntimeError(
+            f"{where} is on meta and holds no values; give the model memory (to_empty, then load "
+            "or initialise it) and the optimizer its parameters"
+        )
+
+
 def _check_entry(
     param: Tensor,
     options: GroupOptions,
@@ -294,15 +334,7 @@ def _check_entry(
     assert grad is not None
     _check_is_ordinary(param, where)
     _check_is_ordinary(grad, f"the gradient of {where}")
-    if param.is_inference():
-        raise RuntimeError(
-            f"{where} was made in inference mode and cannot be changed; clone() it outside"
-        )
-    if param.is_meta:
-        raise RuntimeError(
-            f"{where} is on meta and holds no values; give the model memory (to_empty, then load "
-            "or initialise it) and the optimizer its parameters"
-        )
+    _check_is_writable(param, where)
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"the gradient of {where} is sparse ({grad.layout}), which is not supported; use "
@@ -379,12 +411,15 @@ def _identity(value: Any) -> Any:
 
 
 def _key_without_grad(
-    param: Tensor, options: GroupOptions, held: Mapping[str, Any] | None = None
+    param: Tensor,
+    options: GroupOptions,
+    held: Mapping[str, Any] | None = None,
+    inputs: StepInputs | None = None,
 ) -> BucketKey:
     """Return the key of a parameter whose gradient is not there to be asked for its type."""
     dtype = real_dtype(param.dtype)
     grad_dtype = real_dtype(getattr(param, "grad_dtype", None) or param.dtype)
-    on_device = _derives_on_device(param, options, held, StepInputs())
+    on_device = _derives_on_device(param, options, held, inputs or StepInputs())
     pair = DtypePair(dtype, grad_dtype)
     return BucketKey(param.device, pair, options.second_moment, on_device)
 
