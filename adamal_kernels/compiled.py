@@ -145,6 +145,11 @@ def _tensor_option(groups: Sequence[dict[str, Any]], place: int) -> Any:
 
 
 def _check_traceable(optimizer: _AdamBase) -> None:
+    if optimizer._in_backward:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} steps in backward, which is not the compiled function's; "
+            "remove() what step_in_backward() returned"
+        )
     for index, group in enumerate(optimizer.param_groups):
         if group["differentiable"]:
             raise RuntimeError(

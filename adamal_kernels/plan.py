@@ -64,6 +64,8 @@ class Plan:
         """Of the last step: the norm of all gradients, unscaled; None if it was not asked for."""
         self.skipped_steps: Tensor | None = None
         """How many steps were skipped, int64; None before the first that could be."""
+        self.stepped_apart: set[Tensor] = set()
+        """Parameters that another plan steps, unless this one finds a gradient."""
 
     def step(
         self,
@@ -210,8 +212,8 @@ class Plan:
         self.grad_norm = norm
         return norm
 
-    @staticmethod
     def _bind(
+        self,
         param_groups: list[dict[str, Any]],
         options: Sequence[GroupOptions],
         state: MutableMapping[Tensor, dict[str, Any]],
@@ -222,9 +224,9 @@ class Plan:
         bindings = {}
         for group, group_options in zip(param_groups, options, strict=True):
             for param in group["params"]:
-                if not state.get(param):
-                    continue
                 entry = by_param.get(param)
+                if not state.get(param) or (entry is None and param in self.stepped_apart):
+                    continue
                 key = entry.key if entry else _key_without_grad(param, group_options, state[param])
                 backend = entry.backend if entry else _pick(key, group_options)
                 if not isinstance(backend, NativeBackend):

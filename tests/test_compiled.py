@@ -389,6 +389,32 @@ def test_opcheck(device: torch.device, amsgrad: bool) -> None:
         )
 
 
+def test_the_operator_on_copies_changes_what_it_was_given() -> None:
+    """Also where the step keeps its state in another type."""
+    job = Job()
+    job.step()
+    param = job.model[0].weight
+    held = job.optimizer.state[param]
+    before, grad = copy.deepcopy(job.values()), torch.ones_like(param)
+    copies = [param.detach().clone(), *(held[key].double() for key in held)]
+    values = dict(zip(("param", *held), ([copy] for copy in copies), strict=True))
+    torch.ops.adamal_kernels.step(
+        values["param"],
+        [grad],
+        values["exp_avg"],
+        values["exp_avg_sq"],
+        [],
+        values["step"],
+        *([], None, None, [0], [], job.optimizer._handle, True),
+    )
+    assert different_values(job.values(), before) == []
+    param.grad = grad
+    job.optimizer.step()
+    found = {key: value[0] for key, value in values.items()}
+    expected = {"param": param.detach(), **{k: v.double() for k, v in held.items()}}
+    assert different_values([found], [expected]) == []
+
+
 class TestRefusals:
     """What the compiled step cannot do is an error; parameters and state stay as they were."""
 
