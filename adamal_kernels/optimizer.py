@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,11 +16,14 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
+from . import compiled, in_backward
 from .checkpoint import feed_back_maxima, merge_groups, merge_state, saved_group
+from .entries import check_parameter
 from .foreign_checkpoints import as_torch_adam
 from .hyperparameters import StepInputs
+from .in_backward import InBackwardHandle, StepperInBackward
 from .options import check_capturable, check_max_grad_norm, check_options, read_options
-from .plan import Plan, check_parameter
+from .plan import Plan
 from .projections import Projection
 
 __all__ = ["Adam", "AdamAL", "AdamALW", "AdamW"]
@@ -41,19 +44,29 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
+            or (not torch.compiler.is_compiling() and torch.autograd._profiler_enabled())
         ):
             return recorded(self, *args, **kwargs)
         return step(self, *args, **kwargs)
 
-    hooked_step.hooked = True  # type: ignore[attr-defined]  # torch asks before it wraps
+    # torch asks before it wraps, and so do its schedulers, whose wrapper Dynamo cannot trace: they
+    # want to know of a step, which _opt_called tells them.
+    hooked_step.hooked = True  # type: ignore[attr-defined]
+    hooked_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     return hooked_step
+
+
+def _check_is_eager(name: str) -> None:
+    """The step sets such attributes when it runs, not when torch.compile traces it."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"{name} cannot be compiled; read it outside of the compiled function")
 
 
 class _AdamBase(Optimizer):
     """Everything the optimizers share; the signature of :class:`torch.optim.Adam` and more."""
 
     _monotone: ClassVar[bool]
+    _in_backward: Sequence[StepperInBackward] = ()
     # Tells torch.amp.GradScaler that step() unscales, and skips, by itself.
     _step_supports_amp_scaling = True
 
@@ -94,6 +107,7 @@ class _AdamBase(Optimizer):
             "backend": backend,
         }
         self._plan = Plan()
+        self._handle = compiled.new_handle(self)
         self.max_grad_norm = max_grad_norm
         check_options(defaults, optimizer=type(self).__name__, monotone=self._monotone)
         super().__init__(params, defaults)
@@ -101,7 +115,8 @@ class _AdamBase(Optimizer):
     @property
     def backends_used(self) -> tuple[str, ...]:
         """Names of the backends that parameters were last stepped by; empty before the first."""
-        return self._plan.backends_used
+        names = {*self._plan.backends_used}
+        return tuple(sorted(names.union(*(stepper.backends_used for stepper in self._in_backward))))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see :meth:`torch.optim.Optimizer.add_param_group`.
@@ -139,14 +154,67 @@ class _AdamBase(Optimizer):
             RuntimeError, TypeError, ValueError, NotImplementedError: an option, a gradient or a
                 state tensor cannot be used; no parameter and no state has been changed then.
         """
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            check_capturable(self.param_groups, type(self).__name__)
+        if torch.compiler.is_compiling():
+            return compiled.step(self, closure)
+        check_capturable(self.param_groups, type(self).__name__)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._plan.step(self.param_groups, self.state, self._options, self._inputs())
+        inputs = self._inputs()
+        if self._in_backward:
+            in_backward.check_inputs(inputs)
+        self._opt_called = True
+        self._plan.step(self.param_groups, self.state, self._options, inputs)
         return loss
+
+    def step_in_backward(
+        self, model: torch.nn.Module | Iterable[Tensor] | None = None
+    ) -> InBackwardHandle:
+        """Step each parameter inside ``backward()``, as soon as its gradient is accumulated.
+
+        The bits are those of :meth:`step` after ``backward()``, and so are state and schedules;
+        each gradient is freed (``p.grad = None``) once it is used. A parameter that several
+        modules share is stepped once, when its gradient is whole. Every ``backward()`` is a step:
+        gradients are not accumulated over several. :meth:`step` steps what still has a gradient,
+        and may be called as ever.
+
+        Step hooks are not run. Hooks on the same parameters registered later find no gradient. An
+        error is raised from ``backward()``: that parameter is as it was, earlier ones have been
+        stepped. Under ``torch.utils.checkpoint`` with ``use_reentrant=True`` a parameter of
+        several checkpointed parts is stepped for each.
+
+        Args:
+            model: whose parameters, or which ones. Those of a module that are not in the optimizer
+                are left alone, as they are by :meth:`step`. Default: all of the optimizer's, as
+                of now; groups added later are stepped by :meth:`step`.
+
+        Returns:
+            A handle with ``remove()``, also a context manager. It keeps the optimizer alive; the
+            hooks do not.
+
+        Raises:
+            RuntimeError: with ``max_grad_norm``, a GradScaler or ``differentiable``, here or from
+                ``backward()`` if set later. A scaler shows only when it steps: by then its first
+                gradients have been taken, scaled.
+            ValueError: a parameter is stepped in backward already, or not the optimizer's, or
+                ``model`` contains a ``DistributedDataParallel``, which averages gradients later.
+
+        Example:
+            >>> import torch
+            >>> from adamal_kernels import AdamAL
+            >>> p = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
+            >>> optimizer = AdamAL([p], lr=0.5)
+            >>> with optimizer.step_in_backward():
+            ...     p.square().sum().backward()
+            >>> p.detach(), p.grad
+            (tensor([ 0.5000, -0.5000]), None)
+        """
+        return in_backward.step_in_backward(self, model)
+
+    def _leave_to_backward(self, steppers: Sequence[StepperInBackward]) -> None:
+        self._in_backward = steppers
+        self._plan.stepped_apart = {param for stepper in steppers for param in stepper.params}
 
     def _inputs(self) -> StepInputs:
         # torch.amp.GradScaler sets both before it calls step(), and takes them away again.
@@ -176,6 +244,7 @@ class _AdamBase(Optimizer):
         A float64 scalar on the first parameter's device, not waited for; None where
         ``max_grad_norm`` was None, or before the first step.
         """
+        _check_is_eager("last_grad_norm")
         return self._plan.grad_norm
 
     @property
@@ -184,6 +253,7 @@ class _AdamBase(Optimizer):
 
         An int64 scalar, where counts are on a device, on that device and not waited for.
         """
+        _check_is_eager("skipped_steps")
         if self._plan.skipped_steps is None:
             return torch.zeros((), dtype=torch.int64, device="cpu")
         return self._plan.skipped_steps.clone()
@@ -249,11 +319,16 @@ class _AdamBase(Optimizer):
         """Take over pickled or loaded groups and state, with a plan that has bound nothing."""
         state = dict(state)
         skipped_steps = state.pop("skipped_steps", None)
+        stepped_apart: set[Tensor] = set()
         if "_plan" in self.__dict__:
             skipped_steps = self._plan.skipped_steps
+            stepped_apart = self._plan.stepped_apart
         super().__setstate__(state)
         self._plan = Plan()
+        if "_handle" not in self.__dict__:
+            self._handle = compiled.new_handle(self)
         self._plan.skipped_steps = skipped_steps
+        self._plan.stepped_apart = stepped_apart
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds: torch's, and what is no param group's."""
@@ -382,6 +457,9 @@ class AdamAL(_AdamBase):
 
     :class:`torch.amp.GradScaler` leaves unscaling, and skipping steps with infinite gradients, to
     the step itself.
+
+    ``step()`` can be part of a function that ``torch.compile(fullgraph=True)`` compiles, or be
+    compiled itself: :mod:`adamal_kernels.compiled`.
 
     Raises:
         TypeError, ValueError: an option is of a wrong type, out of range or contradicts another,

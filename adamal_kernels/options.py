@@ -182,11 +182,13 @@ def check_max_grad_norm(value: Any) -> float:
 
 
 def check_capturable(groups: Iterable[dict[str, Any]], optimizer: str) -> None:
-    """Check that a step can be captured in a CUDA graph.
+    """Check that a step can be captured, where a CUDA graph is being captured.
 
     Raises:
         RuntimeError: a group is not capturable.
     """
+    if not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():
+        return
     for index, group in enumerate(groups):
         if not group["capturable"]:
             raise RuntimeError(

@@ -174,18 +174,18 @@ def spread(value: Tensor, like: DTensor) -> DTensor:
 def checked_in_python() -> Iterator[list[str]]:
     """Collect the parameters that steps check in Python: none where the step before is repeated."""
     seen: list[str] = []
-    check_entry = plan_module._check_entry
+    check_entry = plan_module.check_entry
 
     def recording(param: Tensor, options: Any, where: str) -> Any:
         if options.backend == "cpu":
             seen.append(where)
         return check_entry(param, options, where)
 
-    plan_module._check_entry = recording
+    plan_module.check_entry = recording
     try:
         yield seen
     finally:
-        plan_module._check_entry = check_entry
+        plan_module.check_entry = check_entry
 
 
 def parameters(mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -281,7 +281,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     "replaced state is not checked": (
         Fault(
             "adamal_kernels/plan.py",
-            "                _check_state(entry, held)",
+            "                check_state(entry, held)",
             "                pass",
         ),
         "test_bad_input.py::test_replaced_state",

@@ -80,14 +80,14 @@ def new_pair(place: Place) -> Callable[..., Pair]:
 def checked(place: Place, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The parameters that Python has checked, of the optimizer under test."""
     seen: list[str] = []
-    check_entry = plan_module._check_entry
+    check_entry = plan_module.check_entry
 
     def recording(param: torch.Tensor, options: Any, where: str, *more: Any) -> Any:
         if options.backend == place.backend:
             seen.append(where)
         return check_entry(param, options, where, *more)
 
-    monkeypatch.setattr(plan_module, "_check_entry", recording)
+    monkeypatch.setattr(plan_module, "check_entry", recording)
     return seen
 
 

@@ -1,0 +1,399 @@
+"""A parameter on its way to a step: checked with its gradient and state before any is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import Backend, pick
+from .bucket import BucketKey, SecondMoment
+from .distributed import (
+    check_sharded_gradient,
+    check_sharded_parameter,
+    check_sharded_state,
+    gradient_part,
+    has_own_placements,
+    is_sharded,
+    local_part,
+    mesh_and_placements,
+    moment_like,
+)
+from .dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
+from .hyperparameters import StepInputs
+from .layout import has_memory, overlapping_pair
+from .options import GroupOptions
+
+__all__ = [
+    "MAX_MOMENT",
+    "MOMENTS",
+    "Entry",
+    "bounds_of",
+    "check_entry",
+    "check_overlaps",
+    "check_parameter",
+    "check_state",
+    "key_without_grad",
+    "named_tensors",
+    "new_state",
+    "pick_backend",
+    "prepare_state",
+    "real_dtype",
+    "state_of",
+]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MAX_MOMENT = "max_exp_avg_sq"
+
+
+class Entry(NamedTuple):
+    """A parameter with a gradient, checked and not yet touched."""
+
+    owner: Tensor
+    """Whose state is stepped."""
+    param: Tensor
+    """What is stepped: this process's part of a DTensor, else the parameter itself."""
+    grad: Tensor
+    """Its gradient, or the part of it that this process has."""
+    is_misplaced: bool
+    """Whether the gradient has to be redistributed before it is this part's."""
+    options: GroupOptions
+    bounds: tuple[float, float]
+    key: BucketKey
+    backend: Backend
+    where: str
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of a complex type's parts; any other type as it is."""
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def check_parameter(param: Tensor, options: GroupOptions, where: str) -> None:
+    """Check that ``param`` can be stepped under ``options``, as far as can be told without a grad.
+
+    Raises:
+        TypeError: the parameter's type is not supported.
+        NotImplementedError: the parameter is a tensor subclass other than DTensor.
+        ValueError: the projection holds no number of the parameter's type, or the parameter is a
+            DTensor with a Partial placement.
+        RuntimeError: the named backend cannot run on the parameter's device.
+    """
+    _check_is_ordinary(param, where)
+    if is_sharded(param):
+        check_sharded_parameter(param, where)
+    dtype = real_dtype(param.dtype)
+    if not any(dtype == pair.param for pair in DTYPE_PAIRS):
+        supported = ", ".join(dict.fromkeys(str(pair.param) for pair in DTYPE_PAIRS))
+        raise TypeError(
+            f"{where} has type {param.dtype}; supported are {supported} and complex types of "
+            "those; leave other parameters out of the optimizer or convert them"
+        )
+    if options.projection is not None:
+        options.projection.bounds(dtype)
+    pick_backend(key_without_grad(param, options), options)
+
+
+def new_state(param: Tensor, second_moment: SecondMoment, step_device: Any) -> dict[str, Any]:
+    """Return the state of a parameter that has not been stepped: torch.optim.Adam's keys."""
+    keys = (*MOMENTS, MAX_MOMENT) if second_moment is SecondMoment.AMSGRAD else MOMENTS
+    held: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=step_device)}
+    for key in keys:
+        held[key] = moment_like(param, moment_dtype(param))
+    return held
+
+
+def prepare_state(
+    param: Tensor,
+    options: GroupOptions,
+    where: str,
+    state: MutableMapping[Tensor, dict[str, Any]],
+    inputs: StepInputs,
+) -> None:
+    """Make, or move and cast, a parameter's state as the next step would.
+
+    Raises:
+        RuntimeError, TypeError, ValueError, NotImplementedError: the parameter, its state or a
+            backend cannot be used.
+    """
+    check_parameter(param, options, where)
+    _check_is_writable(param, where)
+    key = key_without_grad(param, options, state.get(param), inputs)
+    entry = Entry(
+        owner=param,
+        param=local_part(param),
+        grad=param,
+        is_misplaced=False,
+        options=options,
+        bounds=bounds_of(options, key.dtypes.param),
+        key=key,
+        backend=pick_backend(key, options),
+        where=where,
+    )
+    if held := state.get(param):
+        check_state(entry, held)
+    state_of(entry, state)
+
+
+def moment_dtype(param: Tensor) -> torch.dtype:
+    """Return the type of a parameter's moments: the compute type, complex for complex ones."""
+    dtype = compute_dtype(real_dtype(param.dtype))
+    return dtype.to_complex() if param.is_complex() else dtype
+
+
+def _check_is_ordinary(tensor: Tensor, what: str) -> None:
+    """Refuse subclasses that answer operators themselves: their own memory is not their value."""
+    if is_sharded(tensor):
+        tensor, what = local_part(tensor), f"the local tensor of {what}"
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise NotImplementedError(
+            f"{what} is a {type(tensor).__name__}; tensor subclasses are not supported yet"
+        )
+
+
+def _check_is_writable(param: Tensor, where: str) -> None:
+    if param.is_inference():
+        raise RuntimeError(
+            f"{where} was made in inference mode and cannot be changed; clone() it outside"
+        )
+    if param.is_meta:
+        raise RuntimeError(
+            f"{where} is on meta and holds no values; give the model memory (to_empty, then load "
+            "or initialise it) and the optimizer its parameters"
+        )
+
+
+def check_entry(
+    param: Tensor,
+    options: GroupOptions,
+    where: str,
+    state: MutableMapping[Tensor, dict[str, Any]],
+    inputs: StepInputs,
+) -> Entry:
+    """Check a parameter and its gradient, and find out how they are stepped.
+
+    Raises:
+        RuntimeError, TypeError, ValueError, NotImplementedError: either cannot be stepped; the
+            message says which and why.
+    """
+    grad = param.grad
+    assert grad is not None
+    _check_is_ordinary(param, where)
+    if not is_sharded(grad):
+        _check_is_ordinary(grad, f"the gradient of {where}")
+    is_misplaced = False
+    if is_sharded(param) or is_sharded(grad):
+        check_sharded_gradient(param, grad, where)
+        check_sharded_parameter(param, where)
+        is_misplaced = not has_own_placements(param, grad)
+    _check_is_writable(param, where)
+    if options.differentiable and param.is_leaf and param.requires_grad:
+        raise RuntimeError(
+            f"{where}: a leaf Variable that requires grad is being used in an in-place operation. "
+            "With differentiable=True, step a clone() of it, which is part of the graph"
+        )
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of {where} is sparse ({grad.layout}), which is not supported; use "
+            "sparse=False in the embedding, grad.to_dense(), or torch.optim.SparseAdam"
+        )
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"the gradient of {where} has shape {tuple(grad.shape)}, the parameter "
+            f"{tuple(param.shape)}; they must be the same"
+        )
+    if grad.device != param.device:
+        raise RuntimeError(
+            f"the gradient of {where} is on {grad.device}, the parameter on {param.device}; "
+            "move one of them"
+        )
+    owner, param, grad = param, local_part(param), gradient_part(grad)
+    for tensor, what in ((param, where), (grad, f"the gradient of {where}")):
+        if not has_memory(tensor):
+            raise RuntimeError(
+                f"the storage of {what} holds {tensor.untyped_storage().nbytes()} bytes, too few "
+                "for its elements; it has been freed or resized"
+            )
+    dtypes = DtypePair(real_dtype(param.dtype), real_dtype(grad.dtype))
+    if dtypes not in DTYPE_PAIRS or param.is_complex() != grad.is_complex():
+        taken = [pair.grad for pair in DTYPE_PAIRS if pair.param == dtypes.param]
+        if param.is_complex():
+            taken = [param.dtype]
+        remedy = (
+            f"it may be {', '.join(map(str, taken))}"
+            if taken
+            else "such parameters are not supported"
+        )
+        raise TypeError(
+            f"the gradient of {where} has type {grad.dtype} for a parameter of {param.dtype}; "
+            f"{remedy}"
+        )
+    on_device = _derives_on_device(param, options, state.get(param), inputs)
+    spread = mesh_and_placements(owner)
+    key = BucketKey(param.device, dtypes, options.second_moment, on_device, spread)
+    bounds = bounds_of(options, dtypes.param)
+    backend = pick_backend(key, options)
+    return Entry(owner, param, grad, is_misplaced, options, bounds, key, backend, where)
+
+
+def key_without_grad(
+    param: Tensor,
+    options: GroupOptions,
+    held: Mapping[str, Any] | None = None,
+    inputs: StepInputs | None = None,
+) -> BucketKey:
+    """Return the key of a parameter whose gradient is not there to be asked for its type."""
+    dtype = real_dtype(param.dtype)
+    # torch tells it of leaves only; others are stepped with differentiable=True.
+    grad_dtype = real_dtype((param.is_leaf and param.grad_dtype) or param.dtype)
+    part = local_part(param)
+    on_device = _derives_on_device(part, options, held, inputs or StepInputs())
+    pair = DtypePair(dtype, grad_dtype)
+    spread = mesh_and_placements(param)
+    return BucketKey(part.device, pair, options.second_moment, on_device, spread)
+
+
+def _derives_on_device(
+    param: Tensor, options: GroupOptions, held: Mapping[str, Any] | None, inputs: StepInputs
+) -> bool:
+    """Whether the step's scalars are the device's to derive: where the host would have to wait."""
+    if options.capturable or options.differentiable:
+        return True
+    if param.device.type == "cpu":
+        return False
+    step = (held or {}).get("step")
+    return (
+        inputs.grad_scale is not None
+        or inputs.may_skip
+        or options.has_tensor_on(param.device)
+        # Once there, the count stays: to read it would be to wait for it.
+        or (isinstance(step, Tensor) and step.device == param.device)
+    )
+
+
+def pick_backend(key: BucketKey, options: GroupOptions) -> Backend:
+    """Return the backend for buckets of kind ``key`` under a group's options."""
+    return pick(
+        key,
+        backend=options.backend,
+        fused=options.fused,
+        foreach=options.foreach,
+        differentiable=options.differentiable,
+    )
+
+
+def bounds_of(options: GroupOptions, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the box that elements of ``dtype`` are clamped to: all numbers if there is no set."""
+    if options.projection is None:
+        return -math.inf, math.inf
+    return options.projection.bounds(dtype)
+
+
+def check_state(entry: Entry, held: Mapping[str, Any]) -> None:
+    """Check state that a user or a checkpoint may have replaced."""
+    where = entry.where
+    for key in ("step", *MOMENTS):
+        if key not in held:
+            raise ValueError(
+                f"state of {where} has no {key!r}; clear the parameter's state to start it anew"
+            )
+    step = held["step"]
+    is_one_number = isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta
+    # A count on the device is not read: that would be to wait for it.
+    if not is_one_number or (step.device.type == "cpu" and not 0 <= step.item() < math.inf):
+        raise ValueError(
+            f"state['step'] of {where} must be a tensor of one element, a number finite and >= 0, "
+            f"got {step!r}"
+        )
+    expected = moment_dtype(entry.param)
+    for key in (*MOMENTS, MAX_MOMENT):
+        if key not in held:
+            continue
+        tensor = held[key]
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise ValueError(
+                f"state[{key!r}] of {where} must be a dense tensor of the parameter's shape "
+                f"{tuple(entry.owner.shape)}, got {tensor!r}"
+            )
+        if tensor.is_inference() or not has_memory(local_part(tensor)):
+            raise ValueError(
+                f"state[{key!r}] of {where} was made in inference mode, or its storage has been "
+                "freed; clear the parameter's state to start it anew"
+            )
+        if tensor.shape != entry.owner.shape:
+            raise ValueError(
+                f"state[{key!r}] of {where} must have the parameter's shape "
+                f"{tuple(entry.owner.shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor.device != held["exp_avg"].device:
+            raise ValueError(
+                f"state[{key!r}] of {where} is on {tensor.device}, state['exp_avg'] on "
+                f"{held['exp_avg'].device}; move both to {entry.param.device}, with the parameter"
+            )
+        if tensor.is_meta:
+            raise ValueError(
+                f"state[{key!r}] of {where} is on meta and holds no values; clear the parameter's "
+                "state to start it anew"
+            )
+        if is_sharded(entry.owner) or is_sharded(tensor):
+            check_sharded_state(entry.owner, tensor, f"state[{key!r}] of {where}")
+        same_kind = tensor.is_complex() == expected.is_complex
+        if not same_kind or not (tensor.is_complex() or tensor.is_floating_point()):
+            raise ValueError(
+                f"state[{key!r}] of {where} has type {tensor.dtype}; it must be {expected}"
+            )
+
+
+def named_tensors(
+    param: Tensor, where: str, state: MutableMapping[Tensor, dict[str, Any]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a step writes: the parameter and its state, or this process's parts of them."""
+    yield where, local_part(param)
+    for key, value in (state.get(param) or {}).items():
+        if key in ("step", *MOMENTS, MAX_MOMENT):
+            yield f"state[{key!r}] of {where}", local_part(value)
+
+
+def check_overlaps(entries: Sequence[Entry], state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+    """Tensors that share memory would be written at once, in no fixed order."""
+    written = [
+        named for entry in entries for named in named_tensors(entry.owner, entry.where, state)
+    ]
+    read = [(f"the gradient of {entry.where}", entry.grad) for entry in entries]
+    names = [name for name, _ in (*written, *read)]
+    pair = overlapping_pair([t for _, t in written], [t for _, t in read])
+    if pair is None:
+        return
+    first, second = (names[i] for i in pair)
+    if first == second:
+        raise ValueError(
+            f"{first} has elements that share memory (strides "
+            f"{written[pair[0]][1].stride()}); replace it by its clone()"
+        )
+    raise ValueError(
+        f"{first} and {second} share memory, or their strides do not rule it out; tie weights by "
+        "listing one Parameter once, or replace one tensor by its clone()"
+    )
+
+
+def state_of(entry: Entry, state: MutableMapping[Tensor, dict[str, Any]]) -> dict[str, Any]:
+    """Return the parameter's state, made if missing, moved with the parameter if that moved."""
+    param = entry.owner
+    held = state[param]
+    step_device = param.device if entry.key.device_scalars else torch.device("cpu")
+    if not held:
+        held.update(new_state(param, entry.key.second_moment, step_device))
+        return held
+    if entry.key.second_moment is SecondMoment.AMSGRAD and MAX_MOMENT not in held:
+        # amsgrad was switched on in a running group: the largest v known so far is this one.
+        held[MAX_MOMENT] = held["exp_avg_sq"].clone(memory_format=torch.preserve_format)
+    for key in (*MOMENTS, MAX_MOMENT):
+        if key in held:
+            held[key] = held[key].to(device=param.device, dtype=moment_dtype(param))
+    step = held["step"]
+    if step.device != step_device or step.dtype != torch.float32 or step.dim() != 0:
+        held["step"] = step.to(device=step_device, dtype=torch.float32).reshape(())
+    return held
