@@ -156,7 +156,7 @@ class _AdamBase(Optimizer):
         """
         if torch.compiler.is_compiling():
             return compiled.step(self, closure)
-        check_capturable(self.param_groups, type(self).__name__)
+        is_captured = check_capturable(self.param_groups, type(self).__name__)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -166,6 +166,8 @@ class _AdamBase(Optimizer):
             in_backward.check_inputs(inputs)
         self._opt_called = True
         self._plan.step(self.param_groups, self.state, self._options, inputs)
+        if is_captured:
+            self._plan.keep_for_graph()
         return loss
 
     def step_in_backward(

@@ -181,20 +181,24 @@ def check_max_grad_norm(value: Any) -> float:
     return float(value)
 
 
-def check_capturable(groups: Iterable[dict[str, Any]], optimizer: str) -> None:
+def check_capturable(groups: Iterable[dict[str, Any]], optimizer: str) -> bool:
     """Check that a step can be captured, where a CUDA graph is being captured.
+
+    Returns:
+        Whether one is.
 
     Raises:
         RuntimeError: a group is not capturable.
     """
     if not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():
-        return
+        return False
     for index, group in enumerate(groups):
         if not group["capturable"]:
             raise RuntimeError(
                 f"{optimizer}.step() is being captured in a CUDA graph, and group {index} has "
                 "capturable=False; set capturable=True, or step outside the graph"
             )
+    return True
 
 
 _NONNEGATIVE = ("{name} >= 0", lambda number: number >= 0)

@@ -60,6 +60,7 @@ class Plan:
         self._workspaces: dict[tuple[str, BucketKey], dict[str, Any]] = {}
         self._steady_state: Any | None = None
         self._bound_keys: list[BucketKey] = []
+        self._captured: list[Any] = []
         self.backends_used: tuple[str, ...] = ()
         """Names of the backends of the last step that was checked."""
         self.grad_norm: Tensor | None = None
@@ -107,6 +108,14 @@ class Plan:
         # Out of inference mode, so that new state is made of ordinary tensors.
         with torch.inference_mode(False), torch.no_grad():
             self._checked_step(param_groups, options, state, inputs, repeats)
+
+    def keep_for_graph(self) -> None:
+        """Keep what the step just captured in a CUDA graph reads and writes, as long as this lives.
+
+        The graph has the addresses of the tables and counts; a later change of the optimizer binds
+        others.
+        """
+        self._captured.append(self._steady_state)
 
     def _checked_step(
         self,

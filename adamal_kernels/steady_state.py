@@ -77,7 +77,7 @@ def bind(
     sharded, is_readable = sharded_class(extension, bindings)
     if not bindings or not is_readable:
         return None
-    packs = [torch.stack(counts) for counts in steps]
+    packs = [_packed(counts) for counts in steps]
     steady = extension.SteadyState(
         param_groups,
         state,
@@ -92,6 +92,22 @@ def bind(
         for param, step in zip(stepped, pack.unbind(), strict=True):
             state[param]["step"] = step
     return steady if steady.bind(state) else None
+
+
+def _packed(counts: list[Tensor]) -> Tensor:
+    """Return the counts as one tensor: the one that they are views of, or a new one.
+
+    A CUDA graph goes on counting in the pack that was there when it was captured.
+    """
+    first = counts[0]
+    storage = first.untyped_storage()
+    are_one_pack = storage.nbytes() == len(counts) * first.element_size() and all(
+        count.untyped_storage().data_ptr() == storage.data_ptr()
+        and count.storage_offset() == i
+        and count.dtype == torch.float32
+        for i, count in enumerate(counts)
+    )
+    return first.as_strided((len(counts),), (1,), 0) if are_one_pack else torch.stack(counts)
 
 
 def bound_keys(bindings: dict[Tensor, Binding]) -> list[BucketKey]:

@@ -380,3 +380,25 @@ def test_a_step_tensor_is_a_view_of_one_pack(new_pair: Callable[..., Pair]) -> N
     storages = {optimizer.state[p]["step"].untyped_storage().data_ptr() for p in pair.params[0]}
     assert len(storages) == 1
     assert [optimizer.state[p]["step"].item() for p in pair.params[0]] == [2.0] * len(SHAPES)
+
+
+def test_the_pack_of_counts_stays_while_its_parameters_do(place: Place) -> None:
+    """A CUDA graph goes on counting in the pack it was captured with, whatever is bound later."""
+    params = [torch.ones(3, device=place.device, requires_grad=True) for _ in range(2)]
+    optimizer = AdamAL(params, capturable=True, backend=place.backend)
+
+    def pack() -> int:
+        for param in params:
+            param.grad = torch.ones_like(param, requires_grad=False)
+        optimizer.step()
+        return optimizer.state[params[0]]["step"].untyped_storage().data_ptr()
+
+    pack()
+    before = pack()
+    optimizer.param_groups[0]["maximize"] = True  # is checked, and bound anew
+    assert pack() == before
+    assert [optimizer.state[param]["step"].item() for param in params] == [3, 3]
+    params.append(torch.ones(3, device=place.device, requires_grad=True))
+    optimizer.add_param_group({"params": params[2:]})
+    pack()
+    assert [optimizer.state[param]["step"].item() for param in params] == [4, 4, 1]
