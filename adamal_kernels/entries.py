@@ -92,6 +92,7 @@ def check_parameter(param: Tensor, options: GroupOptions, where: str) -> None:
             f"{where} has type {param.dtype}; supported are {supported} and complex types of "
             "those; leave other parameters out of the optimizer or convert them"
         )
+    _check_is_real(param, options, where)
     if options.projection is not None:
         options.projection.bounds(dtype)
     pick_backend(key_without_grad(param, options), options)
@@ -154,6 +155,14 @@ def _check_is_ordinary(tensor: Tensor, what: str) -> None:
         )
 
 
+def _check_is_real(param: Tensor, options: GroupOptions, where: str) -> None:
+    if options.projection is not None and param.is_complex():
+        raise TypeError(
+            f"{where} has type {param.dtype}, and {options.projection} holds real numbers only; "
+            "put complex parameters into a group with projection=None"
+        )
+
+
 def _check_is_writable(param: Tensor, where: str) -> None:
     if param.is_inference():
         raise RuntimeError(
@@ -190,6 +199,7 @@ def check_entry(
         check_sharded_parameter(param, where)
         is_misplaced = not has_own_placements(param, grad)
     _check_is_writable(param, where)
+    _check_is_real(param, options, where)
     if options.differentiable and param.is_leaf and param.requires_grad:
         raise RuntimeError(
             f"{where}: a leaf Variable that requires grad is being used in an in-place operation. "

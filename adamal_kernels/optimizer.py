@@ -441,7 +441,8 @@ class AdamAL(_AdamBase):
             the gradient. Default: False.
         bias_correction: divide the moments by ``1 - beta**t``. Default: True.
         projection: a set such as :class:`~adamal_kernels.Box` or
-            :class:`~adamal_kernels.NonNegative` that every step projects onto. Default: None.
+            :class:`~adamal_kernels.NonNegative` that every step projects onto; of real parameters
+            only. Default: None.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"foreach"`` or
             ``"reference"``. ``"auto"`` takes the fastest that can run on each parameter's device,
             and warns once where that is not the first choice; a named one is never replaced.

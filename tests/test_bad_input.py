@@ -383,6 +383,19 @@ def test_gradients_that_do_not_fit(place: Place, kind: str) -> None:
         optimizer.step()
 
 
+def test_complex_parameter_with_a_set() -> None:
+    param = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    words = r"params\[0\] of group 0 .*complex64.*Box.*projection=None"
+    with pytest.raises(TypeError, match=words):
+        AdamAL([param], projection=Box(-1, 1))
+    optimizer, params = started()
+    optimizer.param_groups[1]["projection"] = Box(-1, 1)
+    params[2].data = params[2].data.to(torch.complex64)
+    params[2].grad = torch.ones_like(params[2])
+    with refused(optimizer, TypeError, "params[1] of group 1", "complex64", "projection=None"):
+        optimizer.step()
+
+
 def test_gradient_of_real_type_for_complex_parameter_names_the_complex_type() -> None:
     optimizer, params = started()
     params[2].data = params[2].data.to(torch.complex64)
