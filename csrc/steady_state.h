@@ -136,9 +136,6 @@ class SteadyState {
   bool read_gradient(size_t index, const ParamLayout& layout, const c10::TensorImpl& gradient,
                      const void** grad) const;
   void prefetch(size_t index, size_t end) const;
-  // Calls body(first, last) for shares of the members, on torch's CPU threads.
-  template <typename Body>
-  void for_members(const Body& body) const;
   // Whether the counts of skipped steps, and what may scale or skip, lie where they can be used.
   bool can_use(const Inputs& inputs) const;
   // False where the host finds the step to be skipped.

@@ -176,10 +176,10 @@ def checked_in_python() -> Iterator[list[str]]:
     seen: list[str] = []
     check_entry = plan_module.check_entry
 
-    def recording(param: Tensor, options: Any, where: str) -> Any:
+    def recording(param: Tensor, options: Any, where: str, *more: Any) -> Any:
         if options.backend == "cpu":
             seen.append(where)
-        return check_entry(param, options, where)
+        return check_entry(param, options, where, *more)
 
     plan_module.check_entry = recording
     try:
@@ -779,6 +779,29 @@ def squared_norms(world: World) -> None:
         with pytest.raises(ValueError, match=re.escape(word)):
             reduce_squared_norms({key: value})
     assert reduce_squared_norms({}).item() == 0
+
+
+@case
+def clipped_by_the_norm_of_all(world: World) -> None:
+    """Whole numbers, whose squares are added without rounding: in any order to the same bits."""
+    twin = Twin(parameters(world.mesh()), lr=0.1, max_grad_norm=3.0)
+    with checked_in_python() as seen:
+        for step in range(5):
+            twin.set_gradients()
+            for param, single in zip(twin.params, twin.wholes, strict=True):
+                single.grad.mul_(2 + step).round_()
+                if step == 3 and single is twin.wholes[0]:
+                    single.grad.view(-1)[0] = math.inf
+                param.grad = None
+                is_sharded = isinstance(param, DTensor)
+                param.grad = spread(single.grad, param) if is_sharded else single.grad.clone()
+            twin.optimizer.step()
+            twin.reference.step()
+            assert same_bits(twin.optimizer.last_grad_norm, twin.reference.last_grad_norm)
+            twin.assert_equal()
+    assert twin.optimizer.last_grad_norm > 3
+    assert [o.skipped_steps.item() for o in (twin.optimizer, twin.reference)] == [1, 1]
+    assert len(seen) == len(twin.params)
 
 
 @case

@@ -259,7 +259,11 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
         "test_hyperparameters.py::test_bias_corrections_are_of_beta_power",
     ),
     "one count for all parameters": (
-        Fault("adamal_kernels/plan.py", "int(step.item()) + 1", "min(int(step.item()), 1) + 1"),
+        Fault(
+            "adamal_kernels/plan.py",
+            "derive_step_scalars(int(step.item()) + 1,",
+            'derive_step_scalars(table.setdefault("first", int(step.item()) + 1),',
+        ),
         "test_plan.py::test_counts_are_each_parameters_own",
     ),
     "the gradient's strides are ignored": (
