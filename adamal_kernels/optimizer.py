@@ -22,7 +22,13 @@ from .entries import check_parameter
 from .foreign_checkpoints import as_torch_adam
 from .hyperparameters import StepInputs
 from .in_backward import InBackwardHandle, StepperInBackward
-from .options import check_capturable, check_max_grad_norm, check_options, read_options
+from .options import (
+    check_betas_of_one_kind,
+    check_capturable,
+    check_max_grad_norm,
+    check_options,
+    read_options,
+)
 from .plan import Plan
 from .projections import Projection
 
@@ -109,6 +115,7 @@ class _AdamBase(Optimizer):
         self._plan = Plan()
         self._handle = compiled.new_handle(self)
         self.max_grad_norm = max_grad_norm
+        check_betas_of_one_kind(betas)
         check_options(defaults, optimizer=type(self).__name__, monotone=self._monotone)
         super().__init__(params, defaults)
 
@@ -126,6 +133,12 @@ class _AdamBase(Optimizer):
                 type, cannot be used; the group is not added then.
             RuntimeError: the group's named backend cannot run on a parameter's device.
         """
+        if isinstance(param_group, dict) and "max_grad_norm" in param_group:
+            raise ValueError(
+                f"max_grad_norm={param_group['max_grad_norm']!r} in a param group: the norm is "
+                "that of all groups together; pass it to the constructor, or set "
+                "optimizer.max_grad_norm"
+            )
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         try:
@@ -220,9 +233,15 @@ class _AdamBase(Optimizer):
 
     def _inputs(self) -> StepInputs:
         # torch.amp.GradScaler sets both before it calls step(), and takes them away again.
+        given = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+        for name, value in given.items():
+            if value is not None and (not isinstance(value, Tensor) or value.numel() != 1):
+                raise TypeError(
+                    f"optimizer.{name} must be a Tensor of one element, as torch.amp.GradScaler "
+                    f"sets it, or None; got {value!r}"
+                )
         return StepInputs(
-            getattr(self, "grad_scale", None),
-            getattr(self, "found_inf", None),
+            **given,
             max_grad_norm=math.inf if self._max_grad_norm is None else self._max_grad_norm,
         )
 
@@ -412,7 +431,7 @@ class AdamAL(_AdamBase):
     moments and ``eps`` are all zero the paper divides 0 by 0, and here the parameter stays.
 
     The arguments up to ``decoupled_weight_decay`` are those of :class:`torch.optim.Adam`, in its
-    order. Every option may differ from group to group.
+    order. Every option but ``max_grad_norm`` may differ from group to group.
 
     Args:
         params: parameters, named parameters or param groups, as for every torch optimizer. Types
@@ -450,8 +469,8 @@ class AdamAL(_AdamBase):
         max_grad_norm: the norm of all gradients together, ``> 0``, that they are clipped to inside
             the step, as :func:`torch.nn.utils.clip_grad_norm_` does before it; gradients stay as
             they are. A step whose norm is not finite is skipped whole: ``v`` never forgets a
-            spike. See :attr:`last_grad_norm` and :attr:`skipped_steps`. Default: None, no
-            clipping.
+            spike. It is no option of a group and not part of a checkpoint. See
+            :attr:`last_grad_norm` and :attr:`skipped_steps`. Default: None, no clipping.
 
     State per parameter: ``step`` (float32 scalar, on the CPU unless the step's scalars are derived
     on the device), ``exp_avg`` and ``exp_avg_sq`` (float64 for float64 parameters, else float32;

@@ -17,6 +17,7 @@ from .projections import Projection, is_known_set
 __all__ = [
     "IMPLEMENTATION_OPTIONS",
     "GroupOptions",
+    "check_betas_of_one_kind",
     "check_capturable",
     "check_max_grad_norm",
     "check_options",
@@ -102,10 +103,6 @@ def check_options(options: dict[str, Any], *, optimizer: str, monotone: bool) ->
     betas = options["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
-    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
-        raise ValueError(
-            f"betas must be either both floats or both Tensors, got {betas!r}; convert one of them"
-        )
     for index, beta in enumerate(betas):
         named = (f"betas[{index}]", f"beta parameter at index {index}")
         _check_scalar(beta, *named, eager_foreach, "0 <= beta < 1", lambda beta: 0 <= beta < 1)
@@ -166,6 +163,18 @@ def read_options(group: dict[str, Any], *, optimizer: str, monotone: bool) -> Gr
         capturable=group["capturable"],
         differentiable=group["differentiable"],
     )
+
+
+def check_betas_of_one_kind(betas: Any) -> None:
+    """Check what torch's constructors ask for, and its schedulers do not keep to.
+
+    Raises:
+        ValueError: one beta is a Tensor and the other is not.
+    """
+    if isinstance(betas, (tuple, list)) and len({isinstance(b, Tensor) for b in betas}) > 1:
+        raise ValueError(
+            f"betas must be either both floats or both Tensors, got {betas!r}; convert one of them"
+        )
 
 
 def check_max_grad_norm(value: Any) -> float:

@@ -15,6 +15,7 @@ from .backends.planned import PlannedBackend
 from .bucket import Bucket, BucketKey, DeviceScalars, SecondMoment
 from .distributed import (
     local_part,
+    mesh_and_placements,
     redistributed_part,
     reduce_squared_norms,
 )
@@ -35,7 +36,7 @@ from .hyperparameters import StepInputs, derive_step_scalars
 from .layout import empty_dense_like, is_dense, overlapping_pair, same_layout
 from .options import GroupOptions
 from .rounding import rounded_sqrt
-from .steady_state import Binding, bind, bound_keys
+from .steady_state import Binding, bind, bound_places
 
 __all__ = ["Plan"]
 
@@ -59,7 +60,8 @@ class Plan:
         """Make a plan with nothing bound."""
         self._workspaces: dict[tuple[str, BucketKey], dict[str, Any]] = {}
         self._steady_state: Any | None = None
-        self._bound_keys: list[BucketKey] = []
+        self._bound_spreads: list[Any] = []
+        self._spreads: list[Any] = []  # of all parameters, whether or not they have gradients
         self._captured: list[Any] = []
         self.backends_used: tuple[str, ...] = ()
         """Names of the backends of the last step that was checked."""
@@ -115,7 +117,7 @@ class Plan:
         The graph has the addresses of the tables and counts; a later change of the optimizer binds
         others.
         """
-        self._captured.append(self._steady_state)
+        self._captured.append((self._steady_state, self.grad_norm, self.skipped_steps))
 
     def _checked_step(
         self,
@@ -125,6 +127,9 @@ class Plan:
         inputs: StepInputs,
         repeats: bool,
     ) -> None:
+        self._spreads = list(
+            dict.fromkeys(mesh_and_placements(p) for group in param_groups for p in group["params"])
+        )
         entries = [
             check_entry(param, options[g], f"params[{i}] of group {g}", state, inputs)
             for g, group in enumerate(param_groups)
@@ -213,7 +218,7 @@ class Plan:
         buckets = list(buckets)
         if inputs.max_grad_norm < math.inf:
             # In the order of the plans that are bound later.
-            ordered = sorted(buckets, key=lambda entry: repr(entry[1].key))
+            ordered = sorted(buckets, key=lambda entry: repr((entry[0].name, entry[1].key)))
             sums = [backend.squared_norm(bucket) for backend, bucket in ordered]
             spreads = [bucket.key.spread for _, bucket in ordered]
             inputs = inputs._replace(grad_norm=self._norm_of(spreads, sums, inputs.grad_scale))
@@ -228,18 +233,18 @@ class Plan:
 
     def _norm_of_bound(self, sums: Sequence[Tensor], grad_scale: Tensor | None) -> Tensor:
         """Return the norm from the sum of squares of each plan of the steady state."""
-        return self._norm_of([key.spread for key in self._bound_keys], sums, grad_scale)
+        return self._norm_of(self._bound_spreads, sums, grad_scale)
 
     def _norm_of(
         self, spreads: Sequence[Any], sums: Sequence[Tensor], grad_scale: Tensor | None
     ) -> Tensor:
         """Return the unscaled norm on the first device, from each bucket's sum of squares."""
         total = ordered_sum(sums)
-        if any(spread is not None for spread in spreads):
-            parts: dict[Any, Tensor] = {}
+        if any(spread is not None for spread in self._spreads):
+            # Every process takes part in every sum, whichever gradients it has.
+            parts = dict.fromkeys(self._spreads, torch.zeros_like(total))
             for spread, value in zip(spreads, sums, strict=True):
-                part = value.to(total.device, non_blocking=True)
-                parts[spread] = parts[spread] + part if spread in parts else part
+                parts[spread] = parts[spread] + value.to(total.device, non_blocking=True)
             total = reduce_squared_norms(parts)
         norm = rounded_sqrt(total)
         if grad_scale is not None:
@@ -272,7 +277,7 @@ class Plan:
         tensors = [tensor for param in bindings for _, tensor in named_tensors(param, "", state)]
         if not bindings or overlapping_pair(tensors) is not None:
             return None
-        self._bound_keys = bound_keys(bindings)
+        self._bound_spreads = [key.spread for _, key in bound_places(bindings)]
         return bind(param_groups, options, state, bindings)
 
 

@@ -16,7 +16,7 @@ from .distributed import sharded_class
 from .options import GroupOptions
 from .projections import Projection
 
-__all__ = ["Binding", "bind", "bound_keys"]
+__all__ = ["Binding", "bind", "bound_places"]
 
 _IMMUTABLE = (float, int, bool, str, type(None), np.generic, Projection)
 
@@ -52,10 +52,10 @@ def bind(
     if type(param_groups) is not list or not all(map(_is_comparable, param_groups)):
         return None
     extension = import_module("adamal_kernels._C")
-    keys = bound_keys(bindings)
-    backends = {binding.key: binding.backend for binding in bindings.values()}
-    steps: list[list[Tensor]] = [[] for _ in keys]
-    params: list[list[Tensor]] = [[] for _ in keys]
+    places = bound_places(bindings)
+    backends = {binding.backend.name: binding.backend for binding in bindings.values()}
+    steps: list[list[Tensor]] = [[] for _ in places]
+    params: list[list[Tensor]] = [[] for _ in places]
     rows: dict[Any, int] = {}
     bound = []
     members = []
@@ -65,13 +65,14 @@ def bind(
             if binding is None:
                 members.append(None)
                 continue
-            plan = keys.index(binding.key)
-            device = binding.key.device if binding.key.device_scalars else None
-            if (g, device, binding.bounds) not in rows:
-                rows[g, device, binding.bounds] = len(bound)
+            plan = places.index((binding.backend.name, binding.key))
+            # Options are a plan's own: each has a table of those that its device reads.
+            if (g, plan, binding.bounds) not in rows:
+                rows[g, plan, binding.bounds] = len(bound)
+                device = binding.key.device if binding.key.device_scalars else None
                 step_options = options[g].step_options(*binding.bounds)
                 bound.append(bound_options(step_options, group=g, device=device))
-            members.append(extension.Membership(plan, rows[g, device, binding.bounds]))
+            members.append(extension.Membership(plan, rows[g, plan, binding.bounds]))
             steps[plan].append(state[param]["step"])
             params[plan].append(param)
     sharded, is_readable = sharded_class(extension, bindings)
@@ -83,9 +84,9 @@ def bind(
         state,
         members,
         bound,
-        [backends[key].new_plan(key) for key in keys],
+        [backends[name].new_plan(key) for name, key in places],
         packs,
-        [key.device_scalars for key in keys],
+        [key.device_scalars for _, key in places],
         sharded,
     )
     for pack, stepped in zip(packs, params, strict=True):
@@ -110,9 +111,9 @@ def _packed(counts: list[Tensor]) -> Tensor:
     return first.as_strided((len(counts),), (1,), 0) if are_one_pack else torch.stack(counts)
 
 
-def bound_keys(bindings: dict[Tensor, Binding]) -> list[BucketKey]:
-    """Return the key of each plan, in the order in which their sums of squares are added."""
-    return sorted({binding.key for binding in bindings.values()}, key=repr)
+def bound_places(bindings: dict[Tensor, Binding]) -> list[tuple[str, BucketKey]]:
+    """Return each plan's backend and key, in the order in which sums of squares are added."""
+    return sorted({(b.backend.name, b.key) for b in bindings.values()}, key=repr)
 
 
 def _is_comparable(group: Any) -> bool:

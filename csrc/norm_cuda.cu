@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <limits>
 
 #include "device_guard.h"
 #include "gradient_norm.h"
@@ -100,6 +101,7 @@ cudaError_t launch_all(const Bucket& bucket, const DeviceTables& tables, double*
 
 const char* squared_norm_cuda(const Bucket& bucket, const DeviceTables& tables, double* scratch,
                               double* total, int device, void* stream) {
+  if (bucket.item_count > std::numeric_limits<int32_t>::max()) return kTooManyItems;
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return cudaGetErrorString(guard.error());
   cudaError_t error = cudaSuccess;

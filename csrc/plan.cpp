@@ -131,12 +131,9 @@ at::Tensor CpuPlan::launch_squared_norm(const Bucket& bucket) {
 }
 
 void CudaPlan::launch(const Bucket& bucket) {
-  const c10::Stream stream = prepare(bucket);
+  const c10::Stream stream = prepared_stream(bucket);
   void* rows = nullptr;
   if (bucket.device != nullptr) {
-    // Kept, so that a CUDA graph finds it where it was.
-    const int64_t bytes = api_.rows_bytes(bucket);
-    if (!rows_.defined() || rows_.numel() < bytes) rows_ = bytes_on_device(bytes);
     if (stream != *allocation_stream_) rows_.record_stream(stream);
     rows = rows_.mutable_data_ptr();
   }
@@ -145,7 +142,7 @@ void CudaPlan::launch(const Bucket& bucket) {
 }
 
 at::Tensor CudaPlan::launch_squared_norm(const Bucket& bucket) {
-  const c10::Stream stream = prepare(bucket);
+  const c10::Stream stream = prepared_stream(bucket);
   const auto options = at::TensorOptions().dtype(at::kDouble).device(device());
   const at::Tensor scratch = at::empty({bucket.item_count + bucket.tensor_count}, options);
   at::Tensor total = at::empty({}, options);
@@ -156,7 +153,12 @@ at::Tensor CudaPlan::launch_squared_norm(const Bucket& bucket) {
   return total;
 }
 
-c10::Stream CudaPlan::prepare(const Bucket& bucket) {
+void CudaPlan::prepare() {
+  const std::vector<const void*> no_grads(tensors().size());
+  prepared_stream(bucket_of(no_grads, nullptr));
+}
+
+c10::Stream CudaPlan::prepared_stream(const Bucket& bucket) {
   const c10::Stream stream = c10::impl::VirtualGuardImpl(device().type()).getStream(device());
   if (!uploaded_) upload(bucket, stream);
   // Freed memory is handed out again on the stream it was allocated on.
@@ -185,7 +187,7 @@ void CudaPlan::upload(const Bucket& bucket, c10::Stream stream) {
   const size_t item_bytes = bucket.item_count * sizeof(WorkItem);
   const size_t first_bytes = bucket.tensor_count * sizeof(int64_t);
   table_ = bytes_on_device(static_cast<int64_t>(tensor_bytes + item_bytes + first_bytes));
-  rows_ = at::Tensor();
+  rows_ = bytes_on_device(api_.rows_bytes(bucket));
   allocation_stream_ = stream;
   auto* target = static_cast<char*>(table_.mutable_data_ptr());
   const auto append = [&](const void* source, size_t bytes) {

@@ -38,6 +38,10 @@ class Plan {
   // the device.
   at::Tensor squared_norm(const std::vector<const void*>& grads);
 
+  // Makes ready what the next step needs besides its gradients: a step captured in a CUDA graph
+  // may copy nothing.
+  virtual void prepare() {}
+
   DtypePair dtypes() const { return kDtypePairs[pair_]; }
   SecondMoment second_moment() const { return second_moment_; }
   c10::Device device() const { return device_; }
@@ -45,12 +49,12 @@ class Plan {
 
  protected:
   const std::vector<WorkItem>& items() const { return items_; }
+  Bucket bucket_of(const std::vector<const void*>& grads, const uint32_t* rows) const;
 
  private:
   virtual void on_bound() = 0;
   virtual void launch(const Bucket& bucket) = 0;
   virtual at::Tensor launch_squared_norm(const Bucket& bucket) = 0;
-  Bucket bucket_of(const std::vector<const void*>& grads, const uint32_t* rows) const;
 
   int pair_;
   SecondMoment second_moment_;
@@ -88,8 +92,9 @@ class CudaPlan : public Plan {
   void on_bound() override { uploaded_ = false; }
   void launch(const Bucket& bucket) override;
   at::Tensor launch_squared_norm(const Bucket& bucket) override;
+  void prepare() override;
   // Copies the tables where they changed; returns the stream to launch on.
-  c10::Stream prepare(const Bucket& bucket);
+  c10::Stream prepared_stream(const Bucket& bucket);
   void upload(const Bucket& bucket, c10::Stream stream);
   at::Tensor bytes_on_device(int64_t bytes) const;
   DeviceTables tables_of(const Bucket& bucket) const;

@@ -210,7 +210,6 @@ bool SteadyGroups::take_over(BoundOptions& options, Kind kind, PyObject* value) 
       return read_scalar(value, kInfinity, options.device, &step.options.lr, &step.lr);
     case Kind::betas:
       return PyTuple_CheckExact(value) && PyTuple_GET_SIZE(value) == 2 &&
-             is_tensor(PyTuple_GET_ITEM(value, 0)) == is_tensor(PyTuple_GET_ITEM(value, 1)) &&
              read_scalar(PyTuple_GET_ITEM(value, 0), 1, options.device, &step.options.beta1,
                          &step.beta1) &&
              read_scalar(PyTuple_GET_ITEM(value, 1), 1, options.device, &step.options.beta2,

@@ -183,6 +183,7 @@ bool SteadyState::bind(const py::handle& state) {
   }
   if (bound != members_.size()) return false;
   for (size_t i = 0; i < plans_.size(); ++i) plans_[i].plan->bind(entries[i]);
+  for (PlanStep& step : plans_) step.plan->prepare();
   return true;
 }
 

@@ -52,8 +52,6 @@ class SteadyState {
     std::optional<at::Tensor> grad_norm;
     double max_grad_norm;
     std::optional<at::Tensor> skipped_steps;
-
-    bool may_skip() const { return found_inf || grad_norm; }
   };
   // The norm, from the sum of squares of each plan, and the gradients' scale.
   using NormOfSums =
@@ -180,7 +178,6 @@ inline bool SteadyState::read_gradient(size_t index, const ParamLayout& layout,
     return false;
   }
   // One without elements may have no address, and yet counts as a gradient.
-  static constexpr char kEmptyGradient = 0;
   *grad = layout.numel() == 0 ? &kEmptyGradient : layout.address(gradient, grad_type.bytes);
   return true;
 }

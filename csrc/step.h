@@ -38,6 +38,10 @@ void squared_norm_items_cpu(const Bucket& bucket, int64_t first_item, int64_t la
 // Adds them up by tensor, 0 for those without elements or gradient.
 void squared_norm_tensors_cpu(const Bucket& bucket, const double* chunk_sums, double* sums);
 
+inline constexpr const char* kTooManyItems =
+    "a bucket of more than 2^31 - 1 chunks exceeds a CUDA grid: split its parameters over several "
+    "optimizers";
+
 // A bucket's tables, copied to the device.
 struct DeviceTables {
   const TensorEntry* tensors;

@@ -62,6 +62,7 @@ cudaError_t launch_all_on_device(const Bucket& bucket, const DeviceTables& table
   using Small = SmallDeviceLaunchParams<T>;
   const auto scalars = DeviceRows<T>::at(rows);
   cudaError_t error = derive_scalars_cuda(bucket, scalars, stream);
+  if (error != cudaSuccess) return error;
   GradientSplitter<T> splitter(bucket);
   while (splitter.next(Large::kTensorCapacity)) {
     const auto launch_with = [&](auto* params) {
@@ -91,10 +92,7 @@ int64_t device_rows_bytes(const Bucket& bucket) {
 
 const char* step_cuda(const Bucket& bucket, const DeviceTables& tables, void* rows, int device,
                       void* stream) {
-  if (bucket.item_count > std::numeric_limits<int32_t>::max()) {
-    return "a bucket of more than 2^31 - 1 chunks exceeds a CUDA grid: split its parameters over "
-           "several optimizers";
-  }
+  if (bucket.item_count > std::numeric_limits<int32_t>::max()) return kTooManyItems;
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return cudaGetErrorString(guard.error());
   cudaError_t error = cudaSuccess;

@@ -7,6 +7,7 @@ compared with is each rank itself, stepping whole plain tensors with ``reference
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 import tempfile

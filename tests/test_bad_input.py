@@ -65,10 +65,6 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"betas": (0.9,)}, TypeError, ["betas", "(0.9,)", "pair of numbers"]),
     ({"betas": (0.9, 0.9, 0.9)}, TypeError, ["betas", "pair of numbers"]),
     ({"betas": "ab"}, TypeError, ["betas", "'ab'", "pair of numbers"]),
-    *[
-        ({"betas": betas}, ValueError, ["betas", "both floats or both Tensors", "convert one"])
-        for betas in ((torch.tensor(0.9), 0.9), (0.9, torch.tensor(0.9)))
-    ],
     (
         {"betas": (torch.tensor(0.9), torch.tensor(1.0))},
         ValueError,
@@ -380,6 +376,30 @@ def test_gradients_that_do_not_fit(place: Place, kind: str) -> None:
     optimizer, params = started(place)
     change(params[2])
     with refused(optimizer, error, "the gradient of params[1] of group 1", *words):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("betas", [(torch.tensor(0.9), 0.9), (0.9, torch.tensor(0.9))], ids=str)
+def test_betas_of_both_kinds_are_refused_where_torch_does(betas: Any) -> None:
+    """By the constructor only: torch's OneCycleLR replaces one of two."""
+    with pytest.raises(ValueError, match=r"both floats or both Tensors.*convert one"):
+        AdamAL([nn.Parameter(torch.ones(2))], betas=betas)
+
+
+def test_max_grad_norm_of_a_group() -> None:
+    optimizer, _ = started()
+    with refused(optimizer, ValueError, "max_grad_norm=1.0", "all groups", "constructor"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "max_grad_norm": 1.0})
+    with pytest.raises(ValueError, match=r"max_grad_norm=2\.0 in a param group"):
+        AdamAL([{"params": [nn.Parameter(torch.ones(2))], "max_grad_norm": 2.0}])
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+@pytest.mark.parametrize("value", [65536.0, torch.ones(2)], ids=str)
+def test_what_a_scaler_sets(name: str, value: Any) -> None:
+    optimizer, _ = started()
+    setattr(optimizer, name, value)
+    with refused(optimizer, TypeError, f"optimizer.{name}", "one element", "GradScaler"):
         optimizer.step()
 
 

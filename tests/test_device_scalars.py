@@ -23,9 +23,9 @@ from test_steady_state import (
 )
 from torch import Tensor
 
-from adamal_kernels import AdamAL, Box
+from adamal_kernels import Adam, AdamAL, Box
 from adamal_kernels.cases import Case, cases
-from adamal_kernels.dtypes import DTYPE_PAIRS
+from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
 from adamal_kernels.hyperparameters import (
     StepOptions,
     beta_power,
@@ -327,7 +327,6 @@ BAD_TENSORS = {
         ValueError,
         r"betas\[1\]=1.0",
     ),
-    "betas of both kinds": ("betas", (0.9, torch.tensor(0.9)), ValueError, "both floats or both"),
 }
 
 
@@ -351,3 +350,42 @@ def test_a_tensor_that_is_no_option_is_refused_in_every_step(
 
 def clone_state(optimizer: Any, param: Tensor) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in optimizer.state[param].items()}
+
+
+@on_places_of_steady_steps
+@pytest.mark.parametrize("capturable", [False, True])
+def test_groups_of_several_types(place: Place, capturable: bool) -> None:
+    """A plan's options are its own, where a group has parameters of several plans."""
+    place.skip_unless_supported(DtypePair(torch.bfloat16, torch.bfloat16))
+    runs = []
+    for backend in (place.backend, "reference"):
+        params = [
+            torch.ones(3, dtype=dtype, device=place.device, requires_grad=True)
+            for dtype in (torch.float32, torch.bfloat16, torch.bfloat16, torch.float64)
+        ]
+        groups = [{"params": params[:2], "lr": 0.5}, {"params": params[2:], "lr": 0.125}]
+        optimizer = AdamAL(groups, capturable=capturable, backend=backend)
+        for step in range(4):
+            for param in params:
+                param.grad = torch.full_like(param, 1.0 + step, requires_grad=False)
+            optimizer.step()
+        runs.append([{"param": param, **optimizer.state[param]} for param in params])
+    assert different_values(*runs) == []
+    assert not torch.equal(runs[0][1]["param"], runs[0][2]["param"])
+
+
+def test_one_cycle_over_tensors(place: Place) -> None:
+    """The schedule replaces the first beta by a number and leaves the second a tensor."""
+    found = []
+    for cls, options in ((Adam, {"backend": place.backend}), (torch.optim.Adam, {})):
+        param = torch.ones(3, device=place.device, dtype=torch.float64, requires_grad=True)
+        lr, betas = torch.tensor(0.01), (torch.tensor(0.9), torch.tensor(0.99))
+        optimizer = cls([param], lr=lr, betas=betas, **options)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=8)
+        for _ in range(6):
+            param.grad = param.detach() - 3
+            optimizer.step()
+            schedule.step()
+        assert {type(beta) for beta in optimizer.param_groups[0]["betas"]} == {float, Tensor}
+        found.append(param.detach())
+    torch.testing.assert_close(*found)
