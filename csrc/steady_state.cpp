@@ -1,14 +1,14 @@
 #include "steady_state.h"
 
+#include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <utility>
-
-#include "share_out.h"
 
 namespace py = pybind11;
 
@@ -226,16 +226,19 @@ bool SteadyState::step(const py::handle& groups, const py::handle& state, Inputs
     }
   }
   if (!host_steps && !any_on_device && skipped_steps != nullptr) ++*skipped_steps;
-  for (const Member& member : members_) {
-    PlanStep& step = plans_[member.plan];
-    if (step.grads[member.slot] == nullptr || (!step.on_device && !host_steps)) continue;
-    if (!step.on_device) step.counts[member.slot] += 1;
-    // Written by address: autograd has to be told, to find what it saved changed.
-    THPVariable_Unpack(member.param).unsafeGetTensorImpl()->bump_version();
-    if (member.is_sharded) {
-      THPVariable_Unpack(sharded_->local(member.param)).unsafeGetTensorImpl()->bump_version();
+  for_members([&](size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i) {
+      const Member& member = members_[i];
+      PlanStep& step = plans_[member.plan];
+      if (step.grads[member.slot] == nullptr || (!step.on_device && !host_steps)) continue;
+      if (!step.on_device) step.counts[member.slot] += 1;
+      // Written by address: autograd has to be told, to find what it saved changed.
+      THPVariable_Unpack(member.param).unsafeGetTensorImpl()->bump_version();
+      if (member.is_sharded) {
+        THPVariable_Unpack(sharded_->local(member.param)).unsafeGetTensorImpl()->bump_version();
+      }
     }
-  }
+  });
   return true;
 }
 
@@ -275,6 +278,29 @@ void SteadyState::step_on_device(const PlanStep& step, const Inputs& inputs,
                                 step.counts, on_device, skipped_steps});
 }
 
+// The threads read Python's objects, too, while this one holds the GIL for all of them and waits.
+// Where the machine is busy, that is for milliseconds: then this one walks alone for a while.
+template <typename Body>
+void SteadyState::for_members(const Body& body) {
+  using Clock = std::chrono::steady_clock;
+  constexpr int64_t kLeastMembers = 512;  // a thread's share: about 0.1 ms
+  constexpr int kWalksAlone = 64;
+  // More than one thread takes for a member, on the slowest machine seen.
+  constexpr std::chrono::nanoseconds kLate(1000);
+  const auto count = static_cast<int64_t>(members_.size());
+  if (walks_alone_ > 0) {
+    --walks_alone_;
+    body(0, members_.size());
+    return;
+  }
+  const Clock::time_point start = Clock::now();
+  at::parallel_for(0, count, kLeastMembers,
+                   [&](int64_t first, int64_t last) { body(first, last); });
+  if (count >= 2 * kLeastMembers && Clock::now() - start > count * kLate) {
+    walks_alone_ = kWalksAlone;
+  }
+}
+
 bool SteadyState::check_state(PyObject* state) {
   if (!PyDict_Check(state) || PyDict_GET_SIZE(state) != static_cast<Py_ssize_t>(state_.size())) {
     return false;
@@ -286,9 +312,7 @@ bool SteadyState::check_state(PyObject* state) {
     if (state_[i].member >= 0) footprints_[state_[i].member].values = values;
   }
   std::atomic<bool> unchanged = true;
-  // The threads read Python's objects, too, while this one holds the GIL for all of them.
-  constexpr size_t kPart = 128;
-  share_out(members_.size(), kPart, [&](size_t first, size_t last) {
+  for_members([&](size_t first, size_t last) {
     for (size_t i = first; i < last; ++i) {
       prefetch(i, last);
       if (!specs_.empty()) prefetch_sharded(i, last);

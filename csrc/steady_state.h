@@ -129,6 +129,9 @@ class SteadyState {
   };
 
   bool check_state(PyObject* state);
+  // Calls body(first, last) for shares of the members, on torch's CPU threads.
+  template <typename Body>
+  void for_members(const Body& body);
   // Reads a member's tensors; false where one is not as it was checked.
   bool read_member(size_t index, PyObject* values, TensorEntry* entry, const void** grad);
   bool read_gradient(size_t index, const ParamLayout& layout, const c10::TensorImpl& gradient,
@@ -163,6 +166,7 @@ class SteadyState {
   std::vector<StateEntry> state_;
   std::vector<PlanStep> plans_;
 
+  int walks_alone_ = 0;  // that are still to be one thread's
   std::vector<StepScalars<double>> scalars_;  // of this step
   std::vector<LastRow> last_rows_;            // by options
   std::unordered_map<uint64_t, uint32_t> rows_;
