@@ -143,9 +143,6 @@ class _AdamBase(Optimizer):
         index = len(self.param_groups) - 1
         try:
             options = self._options(self.param_groups[index])
-            params = self.param_groups[index]["params"]
-            if len(set(params)) < len(params):
-                raise ValueError(f"params of group {index} lists a parameter twice; list it once")
             for i, param in enumerate(self.param_groups[index]["params"]):
                 check_parameter(param, options, f"params[{i}] of group {index}")
         except Exception:

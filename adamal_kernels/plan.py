@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +140,8 @@ class Plan:
         for entry in entries:
             if held := state.get(entry.owner):
                 check_state(entry, held)
-        check_overlaps(entries, state)
+        for entries_of_round in _rounds(entries):
+            check_overlaps(entries_of_round, state)
         # Collectives, in the order of the parameters: nothing before them differs in a way that
         # would keep some processes from taking part.
         entries = [
@@ -148,7 +150,9 @@ class Plan:
             else entry
             for entry in entries
         ]
-        if self._step_entries(entries, state, inputs) and repeats:
+        rounds = _rounds(entries)
+        in_place = [self._step_entries(of_round, state, inputs) for of_round in rounds]
+        if in_place == [True] and repeats:
             self._steady_state = self._bind(param_groups, options, state, entries)
 
     def _step_entries(
@@ -279,6 +283,21 @@ class Plan:
             return None
         self._bound_spreads = [key.spread for _, key in bound_places(bindings)]
         return bind(param_groups, options, state, bindings)
+
+
+def _rounds(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Return the entries in one round: in more, where a parameter is listed more than once.
+
+    torch, which warns of such a list, steps the parameter as often, one step after another.
+    """
+    rounds: list[list[Entry]] = [[]]
+    times: Counter[Tensor] = Counter()
+    for entry in entries:
+        if times[entry.owner] == len(rounds):
+            rounds.append([])
+        rounds[times[entry.owner]].append(entry)
+        times[entry.owner] += 1
+    return rounds
 
 
 def _append_scalars(

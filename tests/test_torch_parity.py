@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -117,13 +116,30 @@ def test_torchs_own_error_inputs(cls: type, number: int) -> None:
     assert given.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
     for make in (cls, TWINS[cls][0]):
         if issubclass(given.error_type, Warning):
-            # Of a parameter listed twice torch says "in future, this will cause an error".
-            refusal = pytest.raises(ValueError, match="twice") if make is cls else nullcontext()
-            with pytest.warns(given.error_type, match=given.error_regex), refusal:
+            with pytest.warns(given.error_type, match=given.error_regex):
                 make(params, **made.kwargs)
         else:
             with pytest.raises(given.error_type, match=given.error_regex):
                 make(params, **made.kwargs)
+
+
+@pytest.mark.parametrize("cls", [Adam, AdamW])
+def test_a_parameter_listed_twice_is_stepped_twice(place: Place, cls: type) -> None:
+    """As torch does, which warns of it."""
+    found = []
+    for make, options in ((cls, {"backend": place.backend}), (TWINS[cls][0], {})):
+        params = [torch.ones(3, dtype=torch.float64, device=place.device) for _ in range(2)]
+        for p in params:
+            p.requires_grad_()
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            optimizer = make([params[0], params[1], params[0]], lr=0.1, **options)
+        for step in range(3):
+            for p in params:
+                p.grad = torch.full_like(p, 1.0 + step, requires_grad=False)
+            optimizer.step()
+        assert [optimizer.state[p]["step"].item() for p in params] == [6, 3]
+        found.append(torch.stack([p.detach() for p in params]))
+    torch.testing.assert_close(*found)
 
 
 def tensor(value: float) -> Tensor:
