@@ -166,7 +166,7 @@ class SteadyState {
   std::vector<StateEntry> state_;
   std::vector<PlanStep> plans_;
 
-  int walks_alone_ = 0;  // that are still to be one thread's
+  int walks_alone_ = 0;                       // that are still to be one thread's
   std::vector<StepScalars<double>> scalars_;  // of this step
   std::vector<LastRow> last_rows_;            // by options
   std::unordered_map<uint64_t, uint32_t> rows_;
