@@ -2,7 +2,8 @@
 
 The projection of Algorithm 1 (paper, section 3.3, line 8) is the nearest point of the set in the
 metric ``diag(d)``, ``d = sqrt(v) / sqrt(1 - beta2**t) + eps``. For a product of intervals it does
-not depend on ``d``: it is the clamp, and runs inside the step's kernel.
+not depend on ``d``: it is the clamp, and runs inside the step's kernel. The balls and the simplex
+couple elements; how is in :mod:`adamal_kernels.coupled`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "Box",
+    "CoupledSet",
     "L1Ball",
     "L2Ball",
     "NonNegative",
@@ -37,6 +40,9 @@ _BITS = {
 @dataclass(frozen=True)
 class Projection:
     """A closed convex set that parameters are kept in; use one of its subclasses."""
+
+    def check_parameter(self, param: Tensor, where: str) -> None:
+        """Check that the set is one for a parameter of this shape; any is, unless overridden."""
 
     def bounds(self, dtype: torch.dtype) -> tuple[float, float]:
         """Return the interval every element is clamped to, rounded inward to ``dtype``.
@@ -145,37 +151,247 @@ def _round_up(value: float, dtype: torch.dtype) -> float:
     return float(rounded.item())
 
 
-class _ComesLater:
-    """A set that is part of the surface and not yet built."""
+@dataclass(frozen=True)
+class CoupledSet(Projection):
+    """A set that couples the elements of a row; use one of its subclasses.
 
-    _set: ClassVar[str]
+    The nearest point depends on the metric: with ``d`` the step's own denominator it is the
+    minimizer of ``sum(d_i * (x_i - y_i)**2)`` over the set. ``dim`` names the dimensions that make
+    up a row, as in :func:`torch.softmax`: every slice along them is projected on its own; None: the
+    whole tensor is one row. The point is found by Newton's method on one
+    float64 multiplier a row, which ``optimizer.state[p]["multiplier"]`` keeps for the next step to
+    start from. ``y`` is the stepped parameter as it is stored; a row that lies in the set, to a
+    unit in the last place of the parameter's type, is left as it is, and so is one that has a NaN
+    or an infinity. Where ``d`` is 0, an element counts as one of a very small ``d``.
 
-    def __init__(self, *args: object, **kwargs: object) -> NoReturn:
-        raise NotImplementedError(
-            f"{type(self).__name__}: projection onto {self._set} is not implemented yet; "
-            "Box and NonNegative are"
-        )
+    A parameter that starts outside of the set is projected in its first step.
+    """
+
+    if TYPE_CHECKING:
+        dim: int | tuple[int, ...] | None
+
+    kind: ClassVar[int]
+    """The code in ``csrc/coupled_sets.h``."""
+
+    @property
+    def size(self) -> float:
+        """The radius or the total."""
+        raise NotImplementedError
+
+    def bounds(self, dtype: torch.dtype) -> tuple[float, float]:
+        """See :meth:`Projection.bounds`: there are none that every element keeps by itself."""
+        return -math.inf, math.inf
+
+    def check_parameter(self, param: Tensor, where: str) -> None:
+        """Check that the set is one for ``param``.
+
+        Raises:
+            ValueError: ``dim`` is out of range or names a dimension twice.
+        """
+        self.reduced_dims(param.dim(), where)
+
+    def reduced_dims(self, ndim: int, where: str = "the parameter") -> tuple[int, ...]:
+        """Return the dimensions of a row, of a tensor of ``ndim``, in order and from 0.
+
+        Raises:
+            ValueError: ``dim`` is out of range or names a dimension twice.
+
+        Example:
+            >>> L2Ball(1.0, dim=-1).reduced_dims(2), L2Ball(1.0).reduced_dims(2)
+            ((1,), (0, 1))
+        """
+        if self.dim is None:
+            return tuple(range(ndim))
+        wanted = self.dim if isinstance(self.dim, tuple) else (self.dim,)
+        for dim in wanted:
+            if not -ndim <= dim < ndim:
+                allowed = f"from {-ndim} to {ndim - 1}" if ndim else "None"
+                raise ValueError(
+                    f"projection: dim={dim} of {self} is out of range for {where}, which has "
+                    f"{ndim} dimensions; it may be {allowed}"
+                )
+        found = tuple(sorted(dim % ndim for dim in wanted))
+        if len(set(found)) < len(found):
+            raise ValueError(
+                f"projection: {self} names a dimension of {where}, which has {ndim}, twice"
+            )
+        return found
+
+    def _check_fields(self, name: str) -> None:
+        """Check the size, a field called ``name``, and ``dim``, and store what they mean."""
+        cls, value = type(self).__name__, getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{cls}: {name} must be a number, got {value!r}")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not 0 < number < math.inf:
+            raise ValueError(
+                f"{cls}: {name} must be finite and > 0, got {value!r}; for no set at all, "
+                "projection=None"
+            )
+        object.__setattr__(self, name, number)
+        dim = self.dim
+        if isinstance(dim, (tuple, list)) and len(dim) == 0:
+            raise ValueError(f"{cls}: dim={dim!r} names no dimension; None is the whole tensor")
+        for d in dim if isinstance(dim, (tuple, list)) else (dim,):
+            if isinstance(d, bool) or not isinstance(d, (int, type(None))):
+                raise TypeError(f"{cls}: dim must be an int, a tuple of them or None, got {dim!r}")
+        if isinstance(dim, (tuple, list)):
+            if None in dim:
+                raise TypeError(f"{cls}: dim must be an int, a tuple of them or None, got {dim!r}")
+            object.__setattr__(self, "dim", tuple(dim))
 
 
-class L2Ball(_ComesLater):
-    """The Euclidean ball, projected onto in the metric ``diag(d)``; not implemented yet."""
+@dataclass(frozen=True)
+class L2Ball(CoupledSet):
+    """All points with ``sqrt(sum(x_i**2)) <= radius`` in every row: a max-norm constraint.
 
-    _set = "the Euclidean ball"
+    Outside, the nearest point is ``x_i = d_i * y_i / (d_i + m)``, with the multiplier ``m > 0`` at
+    which the norm is the radius.
+
+    Args:
+        radius: finite, > 0.
+        dim: an int, a tuple of ints, or None for the whole tensor. ``dim=1`` of a linear layer's
+            weight bounds the norm of each neuron's incoming weights, ``dim=(1, 2, 3)`` that of
+            each filter of a 2-d convolution.
+
+    Raises:
+        TypeError: ``radius`` is no number, or ``dim`` none of the above.
+        ValueError: ``radius`` is not positive and finite. From the optimizer: ``dim`` is out of
+            the parameter's range.
+
+    Example:
+        >>> import torch
+        >>> from adamal_kernels import AdamAL
+        >>> p = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
+        >>> p.grad = torch.zeros_like(p)
+        >>> AdamAL([p], projection=L2Ball(1.0, dim=1)).step()
+        >>> p.detach()
+        tensor([[0.6000, 0.8000],
+                [0.3000, 0.4000]])
+    """
+
+    radius: float
+    dim: int | tuple[int, ...] | None = None
+    kind: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        """Check the radius and ``dim``."""
+        self._check_fields("radius")
+
+    @property
+    def size(self) -> float:
+        """The radius."""
+        return self.radius
 
 
-class L1Ball(_ComesLater):
-    """The l1 ball, projected onto in the metric ``diag(d)``; not implemented yet."""
+@dataclass(frozen=True)
+class L1Ball(CoupledSet):
+    """All points with ``sum(abs(x_i)) <= radius`` in every row: sparse ones where it is active.
 
-    _set = "the l1 ball"
+    Outside, the nearest point is ``x_i = sign(y_i) * max(0, abs(y_i) - m / d_i)``, with the
+    multiplier ``m > 0`` at which the sum is the radius.
+
+    Args:
+        radius: finite, > 0.
+        dim: as of :class:`L2Ball`.
+
+    Raises:
+        TypeError, ValueError: as :class:`L2Ball`.
+
+    Example:
+        >>> import torch
+        >>> from adamal_kernels import AdamAL
+        >>> p = torch.nn.Parameter(torch.tensor([3.0, -2.0, 0.5]))
+        >>> p.grad = torch.zeros_like(p)
+        >>> AdamAL([p], projection=L1Ball(2.0)).step()
+        >>> p.detach()
+        tensor([ 1.5000, -0.5000,  0.0000])
+    """
+
+    radius: float
+    dim: int | tuple[int, ...] | None = None
+    kind: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        """Check the radius and ``dim``."""
+        self._check_fields("radius")
+
+    @property
+    def size(self) -> float:
+        """The radius."""
+        return self.radius
 
 
-class Simplex(_ComesLater):
-    """The probability simplex, projected onto in the metric ``diag(d)``; not implemented yet."""
+@dataclass(frozen=True)
+class Simplex(CoupledSet):
+    """All points with ``x_i >= 0`` and ``sum(x_i) == total`` in every row: scaled probabilities.
 
-    _set = "the simplex"
+    The nearest point is ``x_i = max(0, y_i - m / d_i)``, with the multiplier ``m`` at which the sum
+    is the total. Rows are rarely on it before projection, so that every step projects.
+
+    Args:
+        total: finite, > 0. Default: 1.
+        dim: as of :class:`L2Ball`; ``dim=-1`` makes each row of a matrix a distribution.
+
+    Raises:
+        TypeError, ValueError: as :class:`L2Ball`. From the optimizer, ValueError: a row has no
+            elements, or the parameter's type does not reach the total.
+
+    Example:
+        >>> import torch
+        >>> from adamal_kernels import AdamAL
+        >>> p = torch.nn.Parameter(torch.tensor([[1.0, 0.5], [-1.0, 2.0]]))
+        >>> p.grad = torch.zeros_like(p)
+        >>> AdamAL([p], projection=Simplex(dim=-1)).step()
+        >>> p.detach()
+        tensor([[0.7500, 0.2500],
+                [0.0000, 1.0000]])
+    """
+
+    total: float = 1.0
+    dim: int | tuple[int, ...] | None = None
+    kind: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        """Check the total and ``dim``."""
+        self._check_fields("total")
+
+    @property
+    def size(self) -> float:
+        """The total."""
+        return self.total
+
+    def bounds(self, dtype: torch.dtype) -> tuple[float, float]:
+        """See :meth:`CoupledSet.bounds`.
+
+        Raises:
+            ValueError: ``dtype`` does not reach the total.
+        """
+        if self.total > torch.finfo(dtype).max:
+            raise ValueError(
+                f"projection: {self} holds no {dtype} number (the largest is "
+                f"{torch.finfo(dtype).max}); use a smaller total or a wider parameter type"
+            )
+        return super().bounds(dtype)
+
+    def check_parameter(self, param: Tensor, where: str) -> None:
+        """See :meth:`CoupledSet.check_parameter`; raises ValueError where a row is empty too."""
+        reduced = self.reduced_dims(param.dim(), where)
+        length = math.prod(param.shape[dim] for dim in reduced)
+        rows = math.prod(n for dim, n in enumerate(param.shape) if dim not in reduced)
+        if length == 0 and rows > 0:
+            raise ValueError(
+                f"projection: {self} of {where}, of shape {tuple(param.shape)}, would be over no "
+                "elements, whose sum is 0; put the parameter into a group with projection=None"
+            )
 
 
-_SETS: dict[str, type[Projection]] = {cls.__name__: cls for cls in (Box, NonNegative)}
+_SETS: dict[str, type[Projection]] = {
+    cls.__name__: cls for cls in (Box, NonNegative, L2Ball, L1Ball, Simplex)
+}
 
 
 def is_known_set(value: object) -> bool:
@@ -195,7 +411,8 @@ def projection_to_dict(projection: Projection) -> dict[str, Any]:
         >>> projection_to_dict(Box(0, 1))
         {'set': 'Box', 'lo': 0.0, 'hi': 1.0}
     """
-    return {"set": type(projection).__name__, **asdict(projection)}
+    saved = {"set": type(projection).__name__, **asdict(projection)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in saved.items()}
 
 
 def projection_from_dict(saved: Mapping[str, Any]) -> Projection:

@@ -113,7 +113,10 @@ ADAMAL_HD inline double projected(SetKind kind, double y, double d, double multi
 ADAMAL_HD inline RowSearch begin_search(const CoupledSet& set, double size_sum,
                                         double last_multiplier) {
   if (is_inside(set, size_sum)) return {0, 1, SearchState::left_alone, 0};
-  return {last_multiplier, 1, SearchState::searching, 0};
+  // A ball's is not negative. False for NaN.
+  const double least = set.kind == SetKind::simplex ? -double(INFINITY) : 0.0;
+  const bool is_usable = last_multiplier > least && last_multiplier < double(INFINITY);
+  return {is_usable ? last_multiplier : 0.0, 1, SearchState::searching, 0};
 }
 
 // Takes the sums at the multiplier: ends the search, or moves on to the next multiplier.
