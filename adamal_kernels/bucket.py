@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .coupled import CoupledRows
 from .dtypes import DtypePair
 from .hyperparameters import StepInputs, StepOptions, StepScalars
 
@@ -38,6 +39,8 @@ class BucketKey(NamedTuple):
     spread: Hashable = None
     """How the tensors, of which these are parts, are spread over processes; None: they are whole.
     It selects no kernel, and says over which processes a norm is added."""
+    coupled: bool = False
+    """Whether each tensor's set couples its elements: the step is followed by a projection."""
 
 
 @dataclass(slots=True)
@@ -68,6 +71,10 @@ class Bucket:
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     max_exp_avg_sqs: list[Tensor] = field(default_factory=list)
     """Empty unless ``key.second_moment`` is AMSGRAD."""
+    multipliers: list[Tensor] = field(default_factory=list)
+    """Float64, an element a row, in the order of the rows; empty unless ``key.coupled``."""
+    sets: list[CoupledRows] = field(default_factory=list)
+    """The tensors' sets; empty unless ``key.coupled``."""
     scalars: list[StepScalars] = field(default_factory=list)
     """The distinct rows of this step; empty where ``key.device_scalars``."""
     rows: list[int] = field(default_factory=list)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .coupled import multiplier_shape, multiplier_strides
 from .layout import empty_dense_like, same_layout
+from .projections import CoupledSet
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -31,10 +33,13 @@ __all__ = [
     "local_part",
     "mesh_and_placements",
     "moment_like",
+    "multiplier_like",
     "placed_as",
     "redistributed_part",
     "reduce_squared_norms",
+    "row_reducer",
     "sharded_class",
+    "splits_rows",
 ]
 
 # In which two tensors on one mesh have to agree for their parts to belong together.
@@ -77,6 +82,78 @@ def moment_like(param: Tensor, dtype: torch.dtype) -> Tensor:
     if is_sharded(param):
         return torch.zeros_like(param, dtype=dtype, requires_grad=False)
     return empty_dense_like(param, dtype).zero_()
+
+
+def multiplier_like(param: Tensor, projection: CoupledSet) -> Tensor:
+    """Return zeros, float64, one for each row of ``param``, where the rows are.
+
+    Each process has those of its own rows; of rows that are spread over processes each has the
+    same.
+
+    Example:
+        >>> from adamal_kernels import L2Ball
+        >>> multiplier_like(torch.empty(3, 2), L2Ball(1.0, dim=1)).shape
+        torch.Size([3, 1])
+    """
+    part = local_part(param)
+    zeros = torch.empty_strided(
+        multiplier_shape(part.shape, projection),
+        multiplier_strides(part, projection),
+        dtype=torch.float64,
+        device=part.device,
+    ).zero_()
+    if not is_sharded(param):
+        return zeros
+    shape = torch.Size(multiplier_shape(param.shape, projection))
+    replicate = sys.modules["torch.distributed.tensor"].Replicate()
+    split = _splitting_dims(param, projection.reduced_dims(param.dim()))
+    placements = [
+        replicate if dim in split else placement for dim, placement in enumerate(param.placements)
+    ]
+    return type(param).from_local(
+        zeros,
+        param.device_mesh,
+        placements,
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+
+
+def _splitting_dims(param: Tensor, dims: Sequence[int]) -> list[int]:
+    """Return the dimensions of a DTensor's mesh over which it is sharded along one of ``dims``."""
+    return [
+        i
+        for i, placement in enumerate(param.placements)
+        if placement.is_shard() and placement.dim % param.dim() in dims
+    ]
+
+
+def splits_rows(param: Tensor, dims: Sequence[int]) -> bool:
+    """Whether slices of ``param`` along ``dims`` are spread over processes.
+
+    Example:
+        >>> splits_rows(torch.empty(3, 2), (0, 1))
+        False
+    """
+    return is_sharded(param) and bool(_splitting_dims(param, dims))
+
+
+def row_reducer(param: Tensor, dims: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """Return what adds sums over slices along ``dims`` over the processes that share them.
+
+    It is a collective of those processes, returns the same bits on all of them, and leaves its
+    argument as it is.
+    """
+    mesh, split = param.device_mesh, _splitting_dims(param, dims)
+
+    def reduce(sums: Tensor) -> Tensor:
+        total = sums.clone(memory_format=torch.contiguous_format)
+        for dim in split:
+            torch.distributed.all_reduce(total, group=mesh.get_group(dim))
+        return total
+
+    return reduce
 
 
 def check_sharded_parameter(param: Tensor, where: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .backends import Backend, pick
 from .bucket import BucketKey, SecondMoment
+from .coupled import coupled_rows
 from .distributed import (
     check_sharded_gradient,
     check_sharded_parameter,
@@ -21,21 +22,26 @@ from .distributed import (
     local_part,
     mesh_and_placements,
     moment_like,
+    multiplier_like,
+    splits_rows,
 )
 from .dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
 from .hyperparameters import StepInputs
-from .layout import has_memory, overlapping_pair
+from .layout import has_memory, overlapping_pair, same_layout
 from .options import GroupOptions
+from .projections import CoupledSet
 
 __all__ = [
     "MAX_MOMENT",
     "MOMENTS",
+    "MULTIPLIER",
     "Entry",
     "bounds_of",
     "check_entry",
     "check_overlaps",
     "check_parameter",
     "check_state",
+    "coupled_set",
     "key_without_grad",
     "named_tensors",
     "new_state",
@@ -47,6 +53,7 @@ __all__ = [
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAX_MOMENT = "max_exp_avg_sq"
+MULTIPLIER = "multiplier"
 
 
 class Entry(NamedTuple):
@@ -65,6 +72,16 @@ class Entry(NamedTuple):
     key: BucketKey
     backend: Backend
     where: str
+
+    @property
+    def coupled(self) -> CoupledSet | None:
+        """The set, if it couples elements."""
+        return coupled_set(self.options)
+
+
+def coupled_set(options: GroupOptions) -> CoupledSet | None:
+    """Return a group's set if it couples elements."""
+    return options.projection if isinstance(options.projection, CoupledSet) else None
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -95,6 +112,7 @@ def check_parameter(param: Tensor, options: GroupOptions, where: str) -> None:
     _check_is_real(param, options, where)
     if options.projection is not None:
         options.projection.bounds(dtype)
+    _check_rows(param, options, where)
     pick_backend(key_without_grad(param, options), options)
 
 
@@ -163,6 +181,13 @@ def _check_is_real(param: Tensor, options: GroupOptions, where: str) -> None:
         )
 
 
+def _check_rows(param: Tensor, options: GroupOptions, where: str) -> None:
+    coupled = coupled_set(options)
+    if coupled is not None:
+        coupled.check_parameter(param, where)
+        coupled_rows(local_part(param), coupled)
+
+
 def _check_is_writable(param: Tensor, where: str) -> None:
     if param.is_inference():
         raise RuntimeError(
@@ -200,6 +225,7 @@ def check_entry(
         is_misplaced = not has_own_placements(param, grad)
     _check_is_writable(param, where)
     _check_is_real(param, options, where)
+    _check_rows(param, options, where)
     if options.differentiable and param.is_leaf and param.requires_grad:
         raise RuntimeError(
             f"{where}: a leaf Variable that requires grad is being used in an in-place operation. "
@@ -243,7 +269,14 @@ def check_entry(
         )
     on_device = _derives_on_device(param, options, state.get(param), inputs)
     spread = mesh_and_placements(owner)
-    key = BucketKey(param.device, dtypes, options.second_moment, on_device, spread)
+    key = BucketKey(
+        param.device,
+        dtypes,
+        options.second_moment,
+        on_device,
+        spread,
+        _is_coupled_here(owner, options),
+    )
     bounds = bounds_of(options, dtypes.param)
     backend = pick_backend(key, options)
     return Entry(owner, param, grad, is_misplaced, options, bounds, key, backend, where)
@@ -263,7 +296,14 @@ def key_without_grad(
     on_device = _derives_on_device(part, options, held, inputs or StepInputs())
     pair = DtypePair(dtype, grad_dtype)
     spread = mesh_and_placements(param)
-    return BucketKey(part.device, pair, options.second_moment, on_device, spread)
+    coupled = _is_coupled_here(param, options)
+    return BucketKey(part.device, pair, options.second_moment, on_device, spread, coupled)
+
+
+def _is_coupled_here(param: Tensor, options: GroupOptions) -> bool:
+    """Whether the set couples elements, and no row of it is spread over processes."""
+    coupled = coupled_set(options)
+    return coupled is not None and not splits_rows(param, coupled.reduced_dims(param.dim()))
 
 
 def _derives_on_device(
@@ -355,6 +395,24 @@ def check_state(entry: Entry, held: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"state[{key!r}] of {where} has type {tensor.dtype}; it must be {expected}"
             )
+    if MULTIPLIER in held and entry.coupled is not None:
+        _check_multiplier(held[MULTIPLIER], entry)
+
+
+def _check_multiplier(value: Any, entry: Entry) -> None:
+    """Check what a search starts from: its values are free, and so is its shape."""
+    if (
+        not isinstance(value, Tensor)
+        or not value.is_floating_point()
+        or value.layout != torch.strided
+        or value.is_meta
+        or value.is_inference()
+        or not has_memory(local_part(value))
+    ):
+        raise ValueError(
+            f"state[{MULTIPLIER!r}] of {entry.where} must be a dense float64 tensor with values, "
+            f"got {value!r}; delete it to start anew"
+        )
 
 
 def named_tensors(
@@ -363,7 +421,7 @@ def named_tensors(
     """Yield what a step writes: the parameter and its state, or this process's parts of them."""
     yield where, local_part(param)
     for key, value in (state.get(param) or {}).items():
-        if key in ("step", *MOMENTS, MAX_MOMENT):
+        if key in ("step", *MOMENTS, MAX_MOMENT, MULTIPLIER):
             yield f"state[{key!r}] of {where}", local_part(value)
 
 
@@ -396,7 +454,8 @@ def state_of(entry: Entry, state: MutableMapping[Tensor, dict[str, Any]]) -> dic
     step_device = param.device if entry.key.device_scalars else torch.device("cpu")
     if not held:
         held.update(new_state(param, entry.key.second_moment, step_device))
-        return held
+    if entry.coupled is not None:
+        _place_multiplier(held, entry, entry.coupled)
     if entry.key.second_moment is SecondMoment.AMSGRAD and MAX_MOMENT not in held:
         # amsgrad was switched on in a running group: the largest v known so far is this one.
         held[MAX_MOMENT] = held["exp_avg_sq"].clone(memory_format=torch.preserve_format)
@@ -407,3 +466,28 @@ def state_of(entry: Entry, state: MutableMapping[Tensor, dict[str, Any]]) -> dic
     if step.device != step_device or step.dtype != torch.float32 or step.dim() != 0:
         held["step"] = step.to(device=step_device, dtype=torch.float32).reshape(())
     return held
+
+
+def _place_multiplier(held: dict[str, Any], entry: Entry, coupled: CoupledSet) -> None:
+    """See that there is a multiplier for every row, in the order of the rows.
+
+    One of another shape is that of a set the group had before: the search starts anew.
+    """
+    found = held.get(MULTIPLIER)
+    wanted = multiplier_like(entry.owner, coupled)
+    if (
+        found is not None
+        and found.shape == wanted.shape
+        and is_sharded(found) == is_sharded(wanted)
+    ):
+        part, wanted_part = local_part(found), local_part(wanted)
+        if (
+            part.shape == wanted_part.shape
+            and part.dtype == wanted_part.dtype
+            and part.device == wanted_part.device
+            and same_layout(part, wanted_part)
+        ):
+            return
+        if part.shape == wanted_part.shape:
+            wanted_part.copy_(part)
+    held[MULTIPLIER] = wanted

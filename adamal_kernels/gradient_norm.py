@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["LANES", "chunk_elements", "ordered_sum", "squared_norm"]
+__all__ = ["LANES", "chunk_elements", "ordered_sum", "row_sums", "squared_norm"]
 
 LANES = 256
 """Twin of ``kNormLanes`` in ``csrc/gradient_norm.h``."""
@@ -59,20 +59,37 @@ def ordered_sum(values: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _squared_norm(grad: Tensor, chunk: int) -> Tensor:
-    if grad.numel() == 0:
-        return torch.zeros((), dtype=torch.float64, device=grad.device)
-    flat = grad.as_strided((grad.numel(),), (1,)).double()
-    chunks = _tree(_rows(flat * flat, chunk))
-    lanes, *more = _rows(chunks, LANES).unbind()
-    for row in more:
-        lanes = lanes + row
+def row_sums(values: Tensor, chunk: int) -> Tensor:
+    """Return the sum of each row, in the order of this module.
+
+    Args:
+        values: float64 ``[rows, length]``.
+        chunk: how many elements the innermost tree adds, :func:`chunk_elements`.
+
+    Example:
+        >>> row_sums(torch.ones(2, 5, dtype=torch.float64), 2048)
+        tensor([5., 5.], dtype=torch.float64)
+    """
+    length = values.shape[1]
+    if length == 0:
+        return values.new_zeros(values.shape[0])
+    # A short row's tree needs no more zeros than to a power of two.
+    chunks = _tree(_padded(values, min(chunk, 1 << (length - 1).bit_length())))
+    lanes, *more = _padded(chunks, LANES).unbind(dim=1)
+    for added in more:
+        lanes = lanes + added
     return _tree(lanes)
 
 
-def _rows(values: Tensor, width: int) -> Tensor:
-    padding = -values.numel() % width
-    return torch.nn.functional.pad(values, (0, padding)).view(-1, width)
+def _squared_norm(grad: Tensor, chunk: int) -> Tensor:
+    flat = grad.as_strided((1, grad.numel()), (1, 1)).double()
+    return row_sums(flat * flat, chunk)[0]
+
+
+def _padded(values: Tensor, width: int) -> Tensor:
+    """Return ``[rows, length]`` as ``[rows, parts, width]``, with zeros at the end."""
+    padding = -values.shape[1] % width
+    return torch.nn.functional.pad(values, (0, padding)).unflatten(1, (-1, width))
 
 
 def _tree(values: Tensor) -> Tensor:

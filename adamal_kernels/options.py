@@ -12,7 +12,7 @@ from torch import Tensor
 from .backends import check_request
 from .bucket import SecondMoment
 from .hyperparameters import StepOptions
-from .projections import Projection, is_known_set
+from .projections import CoupledSet, Projection, is_known_set
 
 __all__ = [
     "IMPLEMENTATION_OPTIONS",
@@ -127,8 +127,13 @@ def check_options(options: dict[str, Any], *, optimizer: str, monotone: bool) ->
     projection = options["projection"]
     if projection is not None and not is_known_set(projection):
         raise TypeError(
-            f"projection must be a set such as Box(-1, 1) or NonNegative(), or None, "
+            "projection must be a set such as Box(-1, 1), L2Ball(1.0) or Simplex(), or None, "
             f"got {projection!r}"
+        )
+    if isinstance(projection, CoupledSet) and options["differentiable"]:
+        raise ValueError(
+            f"differentiable=True with projection={projection}: the search for its multiplier "
+            "cannot be differentiated; use a Box or NonNegative, or differentiable=False"
         )
     check_request(
         options["backend"],

@@ -14,7 +14,9 @@ from torch import Tensor
 from .backends import FUSED, Backend
 from .backends.planned import PlannedBackend
 from .bucket import Bucket, BucketKey, DeviceScalars, SecondMoment
+from .coupled import CoupledRows, coupled_rows
 from .distributed import (
+    is_sharded,
     local_part,
     mesh_and_placements,
     redistributed_part,
@@ -22,11 +24,13 @@ from .distributed import (
 )
 from .entries import (
     MAX_MOMENT,
+    MULTIPLIER,
     Entry,
     bounds_of,
     check_entry,
     check_overlaps,
     check_state,
+    coupled_set,
     key_without_grad,
     named_tensors,
     pick_backend,
@@ -37,6 +41,7 @@ from .hyperparameters import StepInputs, derive_step_scalars
 from .layout import empty_dense_like, is_dense, overlapping_pair, same_layout
 from .options import GroupOptions
 from .rounding import rounded_sqrt
+from .split_rows import Stepped, project_split_rows
 from .steady_state import Binding, bind, bound_places
 
 __all__ = ["Plan"]
@@ -185,6 +190,7 @@ class Plan:
 
         write_backs: list[_WriteBack] = []
         steps = []
+        split_rows: list[Stepped] = []
         indices: dict[int, dict[Any, int]] = {}
         for entry, bucket in zip(entries, bucket_of, strict=True):
             held = state_of(entry, state)
@@ -199,9 +205,15 @@ class Plan:
                 _append_scalars(bucket, entry, held["step"], factor, table)
                 steps.append(held["step"])
             _append_tensors(bucket, entry, held, write_backs)
+            if entry.coupled is not None and not bucket.key.coupled:
+                index = len(bucket.params) - 1
+                split_rows.append(Stepped(entry, bucket, index, held[MULTIPLIER], held["step"]))
 
         for backend, bucket in buckets.values():
             backend.step(bucket)
+        for split in split_rows:
+            project_split_rows(split)
+        for backend, bucket in buckets.values():
             if backend.name in FUSED:
                 # Written by address: autograd has to be told, to find what it saved changed.
                 torch.autograd.graph.increment_version(bucket.params)
@@ -272,17 +284,24 @@ class Plan:
                 entry = by_param.get(param)
                 if not state.get(param) or (entry is None and param in self.stepped_apart):
                     continue
+                if is_sharded(param) and coupled_set(group_options) is not None:
+                    return None
                 key = entry.key if entry else key_without_grad(param, group_options, state[param])
                 backend = entry.backend if entry else pick_backend(key, group_options)
                 if not isinstance(backend, PlannedBackend) or not backend.has_native_plans:
                     return None
                 bounds = bounds_of(group_options, key.dtypes.param)
-                bindings[param] = Binding(backend, key, bounds)
+                bindings[param] = Binding(backend, key, bounds, _bound_rows(param, group_options))
         tensors = [tensor for param in bindings for _, tensor in named_tensors(param, "", state)]
         if not bindings or overlapping_pair(tensors) is not None:
             return None
         self._bound_spreads = [key.spread for _, key in bound_places(bindings)]
         return bind(param_groups, options, state, bindings)
+
+
+def _bound_rows(param: Tensor, options: GroupOptions) -> CoupledRows | None:
+    coupled = coupled_set(options)
+    return None if coupled is None else coupled_rows(param, coupled)
 
 
 def _rounds(entries: Sequence[Entry]) -> list[list[Entry]]:
@@ -354,6 +373,9 @@ def _append_tensors(
     if bucket.key.second_moment is SecondMoment.AMSGRAD:
         written.append((local_part(held[MAX_MOMENT]), bucket.max_exp_avg_sqs))
     pattern = _pattern(entry)
+    if bucket.key.coupled and entry.coupled is not None:
+        bucket.multipliers.append(local_part(held[MULTIPLIER]))
+        bucket.sets.append(coupled_rows(pattern, entry.coupled))
     for tensor, destination in written:
         dense = _with_layout(tensor, pattern)
         if dense is not tensor:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backends.planned import PlannedBackend, bound_options
+from .backends.planned import PlannedBackend, bound_options, bound_rows
 from .bucket import BucketKey
+from .coupled import CoupledRows
 from .distributed import sharded_class
 from .options import GroupOptions
 from .projections import Projection
@@ -27,6 +28,8 @@ class Binding(NamedTuple):
     backend: PlannedBackend
     key: BucketKey
     bounds: tuple[float, float]
+    rows: CoupledRows | None = None
+    """Its set, if that couples elements."""
 
 
 def bind(
@@ -56,6 +59,7 @@ def bind(
     backends = {binding.backend.name: binding.backend for binding in bindings.values()}
     steps: list[list[Tensor]] = [[] for _ in places]
     params: list[list[Tensor]] = [[] for _ in places]
+    sets: list[list[Any]] = [[] for _ in places]
     rows: dict[Any, int] = {}
     bound = []
     members = []
@@ -75,6 +79,8 @@ def bind(
             members.append(extension.Membership(plan, rows[g, plan, binding.bounds]))
             steps[plan].append(state[param]["step"])
             params[plan].append(param)
+            if binding.rows is not None:
+                sets[plan].append(bound_rows(binding.rows))
     sharded, is_readable = sharded_class(extension, bindings)
     if not bindings or not is_readable:
         return None
@@ -88,6 +94,7 @@ def bind(
         packs,
         [key.device_scalars for _, key in places],
         sharded,
+        sets,
     )
     for pack, stepped in zip(packs, params, strict=True):
         for param, step in zip(stepped, pack.unbind(), strict=True):

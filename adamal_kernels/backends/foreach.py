@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..bucket import Bucket, BucketKey, SecondMoment
+from ..coupled import project_bucket
 from ..dtypes import DTYPE_PAIRS, compute_dtype
 from ..gradient_norm import squared_norm
 from ..hyperparameters import StepScalars, derive_step_scalars
@@ -48,9 +49,23 @@ class ForeachBackend:
             table = torch.tensor(bucket.scalars, dtype=dtype, device="cpu").tolist()
             rows = [StepScalars(*table[row]) for row in bucket.rows]
             self._step(bucket, rows, rows)
+            if bucket.key.coupled:
+                numbers = torch.tensor(rows, dtype=dtype, device="cpu").to(bucket.key.device)
+                project_bucket(bucket, [StepScalars(*row.unbind()) for row in numbers.unbind()])
             return
         rows, skip = device_rows(source, bucket.rows, dtype, bucket.key.device)
         known = [derive_step_scalars(1, source.options[row]) for row in bucket.rows]
+        self._step_unless(skip, bucket, rows, known)
+        if bucket.key.coupled:
+            project_bucket(bucket, rows, skip)
+
+    def _step_unless(
+        self,
+        skip: Tensor | None,
+        bucket: Bucket,
+        rows: Sequence[StepScalars],
+        known: Sequence[StepScalars],
+    ) -> None:
         if skip is None:
             self._step(bucket, rows, known)
             return

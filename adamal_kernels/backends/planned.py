@@ -13,11 +13,12 @@ from torch import Tensor
 
 from .. import build_info
 from ..bucket import Bucket, BucketKey, DeviceScalars
+from ..coupled import CoupledRows
 from ..dtypes import compute_dtype
 from ..gradient_norm import squared_norm
 from ..hyperparameters import StepOptions
 
-__all__ = ["PlannedBackend", "bound_options", "why_not_importable"]
+__all__ = ["PlannedBackend", "bound_options", "bound_rows", "why_not_importable"]
 
 # Asked for every parameter that is checked, and the same for as long as the process lives.
 why_not_importable = functools.cache(build_info.why_not_importable)
@@ -40,7 +41,15 @@ class PlannedBackend:
         plan = bucket.workspace.get("plan")
         if plan is None:
             plan = bucket.workspace["plan"] = self.new_plan(bucket.key)
-        plan.bind(bucket.params, bucket.exp_avgs, bucket.exp_avg_sqs, bucket.max_exp_avg_sqs)
+        sets = map(bound_rows, bucket.sets) if self.has_native_plans else bucket.sets
+        plan.bind(
+            bucket.params,
+            bucket.exp_avgs,
+            bucket.exp_avg_sqs,
+            bucket.max_exp_avg_sqs,
+            bucket.multipliers,
+            list(sets),
+        )
         if bucket.device_scalars is not None:
             bound = bound_options if self.has_native_plans else _same
             _step_on_device(plan, bucket, bucket.device_scalars, bound)
@@ -65,6 +74,11 @@ def bound_options(
         for name, value in options._asdict().items()
     }
     return extension.BoundOptions(group=group, device=device, **numbers)
+
+
+def bound_rows(rows: CoupledRows) -> Any:
+    """Return a tensor's set as C++ holds it."""
+    return import_module("adamal_kernels._C").CoupledRows(**rows._asdict())
 
 
 def _step_on_device(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..bucket import Bucket, BucketKey, SecondMoment
+from ..coupled import project_bucket
 from ..dtypes import DTYPE_PAIRS, compute_dtype
 from ..gradient_norm import squared_norm
 from ..hyperparameters import StepScalars
@@ -63,6 +64,8 @@ class ReferenceBackend:
             for target, value in zip(targets, values, strict=True):
                 if target is not None and value is not None:
                     target.copy_(value if skip is None else torch.where(skip, target, value))
+        if bucket.key.coupled:
+            project_bucket(bucket, rows, skip)
 
 
 def _step_tensor(
