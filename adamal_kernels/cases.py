@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .bucket import SecondMoment
 from .dtypes import DTYPE_PAIRS, DtypePair
-from .projections import Box, NonNegative
+from .projections import Box, L1Ball, L2Ball, NonNegative, Simplex
 
 __all__ = ["STEPS", "Case", "cases"]
 
@@ -49,6 +49,18 @@ _VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "capturable": (
         {"lr": 5e-2, "capturable": True, "weight_decay": 0.1, "projection": Box(-0.3, 0.7)},
         {"decoupled_weight_decay": True, "maximize": True},
+    ),
+    "L2 ball": (
+        {"lr": 5e-2, "projection": L2Ball(3.0)},
+        {"projection": L2Ball(0.4, dim=-1), "weight_decay": 0.1},
+    ),
+    "L1 ball": (
+        {"lr": 5e-2, "projection": L1Ball(2.0, dim=0)},
+        {"projection": L1Ball(40.0), "decoupled_weight_decay": True, "weight_decay": 0.1},
+    ),
+    "simplex, capturable": (
+        {"lr": 5e-2, "projection": Simplex(2.0), "capturable": True},
+        {"projection": L2Ball(0.4, dim=0), "maximize": True},
     ),
     "lr 0 does not project": ({"lr": 0.0, "projection": Box(-0.1, 0.1)}, {"lr": 1e-2}),
 }
@@ -137,6 +149,7 @@ _SHAPES: tuple[tuple[str, tuple[int, ...]], ...] = (
 
 # A step that has to copy a parameter cannot be repeated without Python: most variants leave it out.
 _STRIDED = ("strided", (6, 11))
+_COUPLED_VARIANTS = ("L2 ball", "L1 ball", "simplex, capturable")
 _STRIDED_VARIANTS = ("maximize", "nonnegative, decoupled", "box, special gradients")
 
 
@@ -168,11 +181,22 @@ def _put_special(values: Tensor, step: int) -> None:
         flat[4], flat[5], flat[6] = float("nan"), float("inf"), float("-inf")
 
 
+def _is_first(dtypes: DtypePair, second_moment: SecondMoment) -> bool:
+    """Whether one of the two is the table's first: a few of all combinations, where cases cost."""
+    return dtypes == DTYPE_PAIRS[0] or second_moment is SecondMoment.MONOTONE
+
+
 def cases() -> Iterator[Case]:
-    """Yield the whole table: every pair of types, second moment and variant of options."""
+    """Yield the whole table: every pair of types, second moment and variant of options.
+
+    The sets that couple elements are taken with every pair and with every second moment, not with
+    every combination.
+    """
     for dtypes in DTYPE_PAIRS:
         for second_moment in SecondMoment:
             for variant, (options, other_options) in _VARIANTS.items():
+                if variant in _COUPLED_VARIANTS and not _is_first(dtypes, second_moment):
+                    continue
                 yield Case(
                     variant,
                     dtypes,

@@ -38,9 +38,10 @@ import torch
 from torch import Tensor
 
 from .distributed import is_sharded
-from .entries import MAX_MOMENT, MOMENTS, prepare_state
+from .entries import MAX_MOMENT, MOMENTS, MULTIPLIER, prepare_state
 from .hyperparameters import StepInputs
 from .options import check_capturable
+from .projections import CoupledSet
 
 if TYPE_CHECKING:
     from .optimizer import _AdamBase
@@ -74,6 +75,7 @@ def step(optimizer: _AdamBase, closure: Callable[[], Any] | None) -> Any:
     params: list[Tensor] = []
     grads: list[Tensor] = []
     has_maximum: list[bool] = []
+    has_multiplier: list[bool] = []
     index = 0
     # By that name Dynamo finds the groups as attribute, and guards every number in them.
     groups = optimizer.__dict__["param_groups"]
@@ -85,6 +87,7 @@ def step(optimizer: _AdamBase, closure: Callable[[], Any] | None) -> Any:
                 params.append(param)
                 grads.append(grad)
                 has_maximum.append(group["amsgrad"])
+                has_multiplier.append(isinstance(group["projection"], CoupledSet))
             index += 1
     if not members:
         return loss
@@ -93,6 +96,9 @@ def step(optimizer: _AdamBase, closure: Callable[[], Any] | None) -> Any:
     held = [optimizer.state[param] for param in params]
     first, second = MOMENTS
     maxima = [values[MAX_MOMENT] for values, has in zip(held, has_maximum, strict=True) if has]
+    multipliers = [
+        values[MULTIPLIER] for values, has in zip(held, has_multiplier, strict=True) if has
+    ]
     grad_enabled = torch.is_grad_enabled()
     with torch.no_grad():
         torch.ops.adamal_kernels.step(
@@ -101,6 +107,7 @@ def step(optimizer: _AdamBase, closure: Callable[[], Any] | None) -> Any:
             [values[first] for values in held],
             [values[second] for values in held],
             maxima,
+            multipliers,
             [values["step"] for values in held],
             scalars,
             getattr(optimizer, "grad_scale", None),
@@ -167,8 +174,9 @@ def _check_traceable(optimizer: _AdamBase) -> None:
 torch.library.define(
     "adamal_kernels::step",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor[] scalars, Tensor? grad_scale, "
-    "Tensor? found_inf, int[] members, int[] places, str handle, bool grad_enabled) -> ()",
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] multipliers, Tensor(f!)[] steps, "
+    "Tensor[] scalars, Tensor? grad_scale, Tensor? found_inf, int[] members, int[] places, "
+    "str handle, bool grad_enabled) -> ()",
     # Its options are read on the host, so that a graph replayed without it would repeat old ones.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
 )
@@ -186,6 +194,7 @@ def _step(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
+    multipliers: list[Tensor],
     steps: list[Tensor],
     scalars: list[Tensor],
     grad_scale: Tensor | None,
@@ -203,6 +212,7 @@ def _step(
         exp_avgs: their state.
         exp_avg_sqs: their state.
         max_exp_avg_sqs: state of those with ``amsgrad``.
+        multipliers: state of those whose set couples elements.
         steps: their state.
         scalars: values of the options that are Tensors.
         grad_scale: what the loss was multiplied by.
@@ -225,7 +235,10 @@ def _step(
             for tensors in zip(steps, exp_avgs, exp_avg_sqs, strict=True)
         ]
         given = dict(zip(members, map(_Given, params, grads, states), strict=True))
-        _add_maxima(optimizer, given, max_exp_avg_sqs)
+        amsgrad = [group["amsgrad"] for group in optimizer.param_groups]
+        _add_state(optimizer, given, MAX_MOMENT, max_exp_avg_sqs, amsgrad)
+        coupled = [isinstance(group["projection"], CoupledSet) for group in optimizer.param_groups]
+        _add_state(optimizer, given, MULTIPLIER, multipliers, coupled)
         with _options_as_given(optimizer.param_groups, dict(zip(places, scalars, strict=True))):
             _step_given(optimizer, given, inputs)
     except Exception:
@@ -252,13 +265,19 @@ def _live(handle: str) -> _AdamBase:
     return optimizer
 
 
-def _add_maxima(
-    optimizer: _AdamBase, given: Mapping[int, _Given], maxima: Iterable[Tensor]
+def _add_state(
+    optimizer: _AdamBase,
+    given: Mapping[int, _Given],
+    key: str,
+    values: Iterable[Tensor],
+    is_held: Sequence[bool],
 ) -> None:
-    amsgrad = [group["amsgrad"] for group in optimizer.param_groups for _ in group["params"]]
-    having = [of_param for member, of_param in given.items() if amsgrad[member]]
-    for of_param, maximum in zip(having, maxima, strict=True):
-        of_param.state[MAX_MOMENT] = maximum
+    """Add what only the parameters of some groups hold."""
+    groups = zip(optimizer.param_groups, is_held, strict=True)
+    has = [holds for group, holds in groups for _ in group["params"]]
+    having = [of_param for member, of_param in given.items() if has[member]]
+    for of_param, value in zip(having, values, strict=True):
+        of_param.state[key] = value
 
 
 def _step_given(optimizer: _AdamBase, given: Mapping[int, _Given], inputs: StepInputs) -> None:

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 # Twins of the constants in csrc/coupled_sets.h, which says what they are for.
-_SEARCH_TOLERANCE = 2.0**-40
+_SEARCH_TOLERANCES = (2.0**-40, 2.0**-50, 2.0**-50)
 _MOST_EVALUATIONS = 100
 _LEAST_METRIC = 1e-100
 _ALL_ELEMENTS = -math.inf
@@ -240,17 +240,15 @@ def project_rows(
         excess = length - size
         following = _next_multiplier(rows.kind, size, excess, first, second, multiplier)
         evaluations += 1
-        ends = (
-            (excess.abs() <= _SEARCH_TOLERANCE * rows.size)
-            | ((excess <= 0) & (evaluations > 1))
-            | (following == multiplier)
-            | (evaluations >= _MOST_EVALUATIONS)
-        ) & (multiplier != _ALL_ELEMENTS)
+        is_last = multiplier != _ALL_ELEMENTS
+        is_close = is_last & (excess.abs() <= _SEARCH_TOLERANCES[rows.kind] * rows.size)
+        is_stuck = (excess <= 0) & (evaluations > 1) | (following == multiplier)
+        is_stuck = is_last & ~is_close & (is_stuck | (evaluations >= _MOST_EVALUATIONS))
         is_scaled = length > (0 if rows.kind == Simplex.kind else rows.size)
-        scale = torch.where(searching & ends & is_scaled, size / length, scale)
-        found = found | (searching & ends)
-        searching = searching & ~ends
-        multiplier = torch.where(searching, following, multiplier)
+        scale = torch.where(searching & is_stuck & is_scaled, size / length, scale)
+        multiplier = torch.where(searching & ~is_stuck, following, multiplier)
+        found = found | (searching & (is_close | is_stuck))
+        searching = searching & ~found
     moved = _projected_size(rows.kind, y, d, multiplier.unsqueeze(1)) * scale.unsqueeze(1)
     if rows.kind == L1Ball.kind:
         moved = torch.where(y < 0, -moved, moved)

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from .bucket import SecondMoment
+from .projections import CoupledSet, L1Ball, L2Ball, Simplex
 
-__all__ = ["TOLERANCES", "Oracle", "OracleOptions", "Tolerance", "is_within"]
+__all__ = ["TOLERANCES", "Oracle", "OracleOptions", "Tolerance", "is_within", "nearest_point"]
 
 Array = NDArray[np.float64]
 
@@ -35,6 +36,10 @@ TOLERANCES: dict[torch.dtype, tuple[Tolerance, Tolerance]] = {
 }
 
 
+# Where d is 0 the metric does not see an element: it counts as one of a very small d.
+_LEAST_METRIC = 1e-100
+
+
 class OracleOptions(NamedTuple):
     """Options of one param group, as the paper and torch name them."""
 
@@ -49,6 +54,7 @@ class OracleOptions(NamedTuple):
     bias_correction: bool = True
     lower: float = -math.inf
     upper: float = math.inf
+    coupled: CoupledSet | None = None
 
 
 class Oracle:
@@ -99,7 +105,14 @@ class Oracle:
         p = p - np.where(moves, o.lr / correction1 * self.exp_avg / d, 0.0)
         if o.lr != 0:
             p = np.where(p < o.lower, o.lower, np.where(p > o.upper, o.upper, p))
-        self.param = torch.from_numpy(np.asarray(p)).to(self._dtype).double().numpy()
+        p = self._stored(p)
+        if o.lr != 0 and o.coupled is not None and p.size:
+            tolerance = torch.finfo(self._dtype).eps
+            p = self._stored(nearest_point(p, np.maximum(d, _LEAST_METRIC), o.coupled, tolerance))
+        self.param = p
+
+    def _stored(self, p: Array) -> Array:
+        return torch.from_numpy(np.asarray(p)).to(self._dtype).double().numpy()
 
     def expected(self) -> dict[str, Array]:
         """Return the values a backend should hold, by the names of the optimizer's state."""
@@ -111,6 +124,55 @@ class Oracle:
     def tolerance(self, name: str) -> Tolerance:
         """Return the tolerance of the value ``name``."""
         return TOLERANCES[self._dtype][0 if name == "param" else 1]
+
+
+def nearest_point(y: Array, d: Array, projection: CoupledSet, tolerance: float = 0.0) -> Array:
+    """Return the minimizer of ``sum(d * (x - y)**2)`` in every row: by bisection, not by Newton.
+
+    Args:
+        y: any shape.
+        d: the metric, positive, of the same shape.
+        projection: the set.
+        tolerance: how far beyond its size, relative to it, a row still counts as in the set.
+
+    Example:
+        >>> from adamal_kernels import L2Ball
+        >>> nearest_point(np.array([3.0, 4.0]), np.ones(2), L2Ball(1.0))
+        array([0.6, 0.8])
+    """
+    axes = projection.reduced_dims(y.ndim)
+
+    def excess(x: Array) -> Array:
+        if isinstance(projection, L2Ball):
+            size = np.sqrt(np.sum(x * x, axis=axes, keepdims=True))
+        else:
+            size = np.sum(np.abs(x), axis=axes, keepdims=True)
+        return size - projection.size
+
+    def point(m: Array) -> Array:
+        if isinstance(projection, L2Ball):
+            return d * y / (d + m)
+        if isinstance(projection, L1Ball):
+            return np.sign(y) * np.maximum(0, np.abs(y) - m / d)
+        return np.maximum(0, y - m / d)
+
+    low = np.zeros_like(excess(y))
+    # So large that every element is as good as 0, and for a simplex so small that one is enough.
+    scale = np.max(np.abs(y), axis=axes, keepdims=True) + projection.size
+    high = np.max(d, axis=axes, keepdims=True) * scale
+    if isinstance(projection, L2Ball):
+        high = high * np.sqrt(y.size) / projection.size
+    if isinstance(projection, Simplex):
+        low = -high
+    for _ in range(80):
+        middle = low + (high - low) / 2
+        above = excess(point(middle)) > 0
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    outside = excess(y) > tolerance * projection.size
+    if isinstance(projection, Simplex):
+        is_negative = np.any(y < 0, axis=axes, keepdims=True)
+        outside = is_negative | (np.abs(excess(y)) > tolerance * projection.size)
+    return np.where(outside, point(low + (high - low) / 2), y)
 
 
 def is_within(found: torch.Tensor, expected: Array, tolerance: Tolerance) -> bool:

@@ -203,19 +203,19 @@ class CoupledSet(Projection):
         if self.dim is None:
             return tuple(range(ndim))
         wanted = self.dim if isinstance(self.dim, tuple) else (self.dim,)
+        count = max(ndim, 1)  # A single number is a row of one, as in torch.
         for dim in wanted:
-            if not -ndim <= dim < ndim:
-                allowed = f"from {-ndim} to {ndim - 1}" if ndim else "None"
+            if not -count <= dim < count:
                 raise ValueError(
                     f"projection: dim={dim} of {self} is out of range for {where}, which has "
-                    f"{ndim} dimensions; it may be {allowed}"
+                    f"{ndim} dimensions; it may be from {-count} to {count - 1}"
                 )
-        found = tuple(sorted(dim % ndim for dim in wanted))
+        found = sorted(dim % count for dim in wanted)
         if len(set(found)) < len(found):
             raise ValueError(
                 f"projection: {self} names a dimension of {where}, which has {ndim}, twice"
             )
-        return found
+        return tuple(found) if ndim else ()
 
     def _check_fields(self, name: str) -> None:
         """Check the size, a field called ``name``, and ``dim``, and store what they mean."""

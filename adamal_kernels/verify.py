@@ -19,6 +19,7 @@ from .bucket import BucketKey, SecondMoment
 from .cases import STEPS, Case, cases
 from .optimizer import Adam, AdamAL
 from .oracle import Oracle, OracleOptions, is_within
+from .projections import CoupledSet
 
 __all__ = ["Outcome", "different_values", "run_case", "same_bits", "verify"]
 
@@ -53,6 +54,8 @@ def run_oracle(case: Case, steps: int = STEPS) -> list[Oracle]:
             options["beta1"], options["beta2"] = group["betas"]
         if group.get("projection") is not None:
             options["lower"], options["upper"] = group["projection"].bounds(param.dtype)
+            if isinstance(group["projection"], CoupledSet):
+                options["coupled"] = group["projection"]
         oracles.append(Oracle(param, OracleOptions(case.second_moment, **options)))
     for step in range(steps):
         for oracle, grad in zip(oracles, case.grads(step, params), strict=True):

@@ -41,9 +41,11 @@ struct RowSearch {
   int32_t evaluations;
 };
 
-// Excess over the set's size, relative to it, at which a search ends: what is left of it, the scale
-// takes away.
-inline constexpr double kSearchTolerance = 0x1p-40;
+// Excess over the set's size, relative to it, from which one more step of Newton's method leads to
+// the solution: its error is that of the square, or none where the function is piecewise linear.
+ADAMAL_HD constexpr double search_tolerance(SetKind kind) {
+  return kind == SetKind::l2_ball ? 0x1p-40 : 0x1p-50;
+}
 inline constexpr int32_t kMostEvaluations = 100;
 // Where d is 0 (eps and v are), the metric does not see the element: it counts as this.
 inline constexpr double kLeastMetric = 1e-100;
@@ -138,7 +140,7 @@ ADAMAL_HD inline void continue_search(const CoupledSet& set, SetTerms sums, RowS
   const double size = is_ball ? sqrt(sums.first) : sums.first;
   const double excess = size - set.size;
   const double distance = excess < 0 ? -excess : excess;
-  const bool all = before == kAllElements;
+  const bool all = before == kAllElements;  // Not yet a point of the set.
   double next;
   if (is_ball) {
     next = before + excess / set.size * (sums.first / sums.second);
@@ -150,13 +152,15 @@ ADAMAL_HD inline void continue_search(const CoupledSet& set, SetTerms sums, RowS
   if (set.kind != SetKind::simplex && !(next > 0)) next = 0;
   const bool is_below = search->evaluations > 0 && excess <= 0;
   ++search->evaluations;
-  const bool ends = distance <= kSearchTolerance * set.size || is_below || next == before ||
-                    search->evaluations >= kMostEvaluations;
-  if (all || !ends) {
+  const bool is_close = !all && distance <= search_tolerance(set.kind) * set.size;
+  const bool is_stuck = !all && !is_close &&
+                        (is_below || next == before || search->evaluations >= kMostEvaluations);
+  if (is_close || is_stuck) search->state = SearchState::found;
+  if (!is_stuck) {
     search->multiplier = next;
     return;
   }
-  search->state = SearchState::found;
+  // Rounding keeps it from coming closer: the scale takes away what is left.
   const bool is_scaled = set.kind == SetKind::simplex ? size > 0 : size > set.size;
   search->scale = is_scaled ? set.size / size : 1;
 }
