@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CoupledRows",
     "coupled_rows",
+    "inside_tolerance",
     "multiplier_shape",
     "multiplier_strides",
     "project",
@@ -96,9 +97,23 @@ def coupled_rows(param: Tensor, projection: CoupledSet) -> CoupledRows:
             f"of dimensions in a parameter of shape {tuple(param.shape)}; reshape it, so that "
             "fewer dimensions alternate"
         )
-    tolerance = torch.finfo(param.dtype).eps
     kept, of_rows = map(tuple, runs)
-    return CoupledRows(projection.kind, projection.size, tolerance, kept, of_rows or ((1, 1),))
+    return CoupledRows(
+        projection.kind,
+        projection.size,
+        inside_tolerance(param.dtype),
+        kept,
+        of_rows or ((1, 1),),
+    )
+
+
+def inside_tolerance(dtype: torch.dtype) -> float:
+    """Return how far beyond its size, relative to it, a row still counts as in the set.
+
+    A unit in the last place of 1: as far as a projected row can be once it is stored. Of float64,
+    64 of them: what the search itself rounds away.
+    """
+    return max(torch.finfo(dtype).eps, 2.0**-46)
 
 
 def multiplier_shape(shape: Sequence[int], projection: CoupledSet) -> tuple[int, ...]:
@@ -251,7 +266,7 @@ def project_rows(
         searching = searching & ~found
     moved = _projected_size(rows.kind, y, d, multiplier.unsqueeze(1)) * scale.unsqueeze(1)
     if rows.kind == L1Ball.kind:
-        moved = torch.where(y < 0, -moved, moved)
+        moved = torch.where(y < 0, 0 - moved, moved)  # Never -0.
     return torch.where(found.unsqueeze(1), moved, y), multiplier
 
 

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from .bucket import SecondMoment
+from .coupled import inside_tolerance
 from .projections import CoupledSet, L1Ball, L2Ball, Simplex
 
 __all__ = ["TOLERANCES", "Oracle", "OracleOptions", "Tolerance", "is_within", "nearest_point"]
@@ -107,7 +108,7 @@ class Oracle:
             p = np.where(p < o.lower, o.lower, np.where(p > o.upper, o.upper, p))
         p = self._stored(p)
         if o.lr != 0 and o.coupled is not None and p.size:
-            tolerance = torch.finfo(self._dtype).eps
+            tolerance = inside_tolerance(self._dtype)
             p = self._stored(nearest_point(p, np.maximum(d, _LEAST_METRIC), o.coupled, tolerance))
         self.param = p
 

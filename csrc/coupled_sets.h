@@ -18,7 +18,7 @@ enum class SetKind : int32_t { l2_ball = 0, l1_ball = 1, simplex = 2 };
 struct CoupledSet {
   SetKind kind;
   double size;       // the ball's radius, the simplex's total
-  double tolerance;  // a unit in the last place of 1 in the parameter's type
+  double tolerance;  // relative to it: how far beyond it a row still counts as in the set
 };
 
 // The sums of one evaluation of a row, and one element's part of them.
@@ -108,7 +108,7 @@ ADAMAL_HD inline SetTerms set_terms(SetKind kind, double y, double d, double mul
 ADAMAL_HD inline double projected(SetKind kind, double y, double d, double multiplier,
                                   double scale) {
   const double size = projected_size(kind, y, d, multiplier) * scale;
-  return kind == SetKind::l1_ball && y < 0 ? -size : size;
+  return kind == SetKind::l1_ball && y < 0 ? 0 - size : size;  // Never -0.
 }
 
 // Starts a row's search from the last step's multiplier, unless the row is in the set.

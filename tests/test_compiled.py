@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import Optimizer
 
-from adamal_kernels import Adam, AdamAL, AdamALW, Box
+from adamal_kernels import Adam, AdamAL, AdamALW, Box, L2Ball
 from adamal_kernels.compiled import new_handle
 from adamal_kernels.verify import different_values, same_bits
 
@@ -366,7 +366,7 @@ def test_opcheck(device: torch.device, amsgrad: bool) -> None:
     torch.manual_seed(0)
     params = [torch.randn(shape, device=device).requires_grad_() for shape in ((3, 4), (5,), ())]
     lr = torch.tensor(0.1, device=device)
-    optimizer = Adam(params, lr=lr, amsgrad=amsgrad)
+    optimizer = Adam(params, lr=lr, amsgrad=amsgrad, projection=L2Ball(0.5))
     for param in params:
         param.grad = torch.randn_like(param)
     optimizer.step()
@@ -378,6 +378,7 @@ def test_opcheck(device: torch.device, amsgrad: bool) -> None:
         [values["exp_avg"] for values in held],
         [values["exp_avg_sq"] for values in held],
         [values["max_exp_avg_sq"] for values in held] if amsgrad else [],
+        [values["multiplier"] for values in held],
         [values["step"] for values in held],
         [lr],
     ]
@@ -403,6 +404,7 @@ def test_the_operator_on_copies_changes_what_it_was_given() -> None:
         [grad],
         values["exp_avg"],
         values["exp_avg_sq"],
+        [],
         [],
         values["step"],
         *([], None, None, [0], [], job.optimizer._handle, True),

@@ -142,21 +142,40 @@ def test_box_refuses(make: Callable[[], Box], error: type[Exception], words: lis
 
 
 @pytest.mark.parametrize("cls", [L1Ball, L2Ball, Simplex])
-@pytest.mark.parametrize("arguments", [(), (1.0,)])
-def test_later_sets_name_themselves(cls: type, arguments: tuple[float, ...]) -> None:
-    with pytest.raises(NotImplementedError, match=cls.__name__) as caught:
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((0,), ValueError, ["> 0", "0"]),
+        ((-1.0,), ValueError, ["> 0", "-1.0", "projection=None"]),
+        ((math.inf,), ValueError, ["finite", "inf"]),
+        ((math.nan,), ValueError, ["finite", "nan"]),
+        ((10**400,), ValueError, ["finite"]),
+        (("1",), TypeError, ["number", "'1'"]),
+        ((True,), TypeError, ["number", "True"]),
+        ((1.0, 1.5), TypeError, ["dim", "1.5"]),
+        ((1.0, True), TypeError, ["dim", "True"]),
+        ((1.0, (0, None)), TypeError, ["dim", "None"]),
+        ((1.0, ()), ValueError, ["dim", "None is the whole tensor"]),
+    ],
+    ids=str,
+)
+def test_coupled_sets_refuse(
+    cls: type, arguments: tuple[Any, ...], error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error) as caught:
         cls(*arguments)
-    assert "Box and NonNegative" in str(caught.value)
+    assert [word for word in [cls.__name__, *words] if word not in str(caught.value)] == []
 
 
 SETS = [Box(-1, 0.3), Box(-math.inf, 2), Box(0, math.inf), NonNegative()]
+SETS += [L2Ball(2), L1Ball(0.5, dim=-1), Simplex(), Simplex(3.0, dim=(1, 2))]
 
 
 @pytest.mark.parametrize("projection", SETS, ids=repr)
 def test_dict_round_trip(projection: Projection) -> None:
     saved = projection_to_dict(projection)
     assert saved["set"] == type(projection).__name__
-    assert {type(value) for value in saved.values()} <= {str, float}
+    assert {type(value) for value in saved.values()} <= {str, float, int, list, type(None)}
     assert projection_from_dict(saved) == projection
 
 
@@ -165,7 +184,7 @@ def test_sets_are_values(projection: Projection) -> None:
     assert pickle.loads(pickle.dumps(projection)) == projection
     assert hash(dataclasses.replace(projection)) == hash(projection)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        projection.lo = 5.0
+        projection.lo = projection.dim = 5.0
 
 
 def test_equality_is_of_values() -> None:
