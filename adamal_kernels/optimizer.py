@@ -456,9 +456,11 @@ class AdamAL(_AdamBase):
         decoupled_weight_decay: multiply ``p`` by ``1 - lr * weight_decay`` instead of adding to
             the gradient. Default: False.
         bias_correction: divide the moments by ``1 - beta**t``. Default: True.
-        projection: a set such as :class:`~adamal_kernels.Box` or
-            :class:`~adamal_kernels.NonNegative` that every step projects onto; of real parameters
-            only. Default: None.
+        projection: a set that every step projects onto, in the metric of its denominator:
+            :class:`~adamal_kernels.Box`, :class:`~adamal_kernels.NonNegative`,
+            :class:`~adamal_kernels.L2Ball`, :class:`~adamal_kernels.L1Ball` or
+            :class:`~adamal_kernels.Simplex`; of real parameters only. A parameter that starts
+            outside of it is projected by its first step. Default: None.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"foreach"`` or
             ``"reference"``. ``"auto"`` takes the fastest that can run on each parameter's device,
             and warns once where that is not the first choice; a named one is never replaced.
@@ -472,7 +474,8 @@ class AdamAL(_AdamBase):
     State per parameter: ``step`` (float32 scalar, on the CPU unless the step's scalars are derived
     on the device), ``exp_avg`` and ``exp_avg_sq`` (float64 for float64 parameters, else float32;
     laid out as the parameter, and for a DTensor DTensors on its mesh with its placements). Of a
-    DTensor each process steps its own part.
+    DTensor each process steps its own part. Parameters in a ball or a simplex have ``multiplier``
+    besides: float64, one number a row, from which the next projection starts.
 
     :class:`torch.amp.GradScaler` leaves unscaling, and skipping steps with infinite gradients, to
     the step itself.
