@@ -434,3 +434,23 @@ class TestRefusals:
         param = torch.zeros((2,) * 10, requires_grad=True)
         with pytest.raises(NotImplementedError, match="reshape"):
             AdamAL([param], projection=L2Ball(1.0, dim=(0, 2, 4, 6, 8)))
+
+
+@pytest.mark.parametrize("projection", [L2Ball(1.0), L1Ball(1.0), Simplex(1.0)], ids=repr)
+def test_it_stays_at_a_solution_on_the_boundary(place: Place, projection: CoupledSet) -> None:
+    """There the gradient is normal to the set; the Euclidean projection would move away."""
+    curvature = torch.tensor([100.0, 10.0, 1.0, 0.1], dtype=torch.float64)
+    target = torch.tensor([0.5, 1.0, -1.5, 3.0], dtype=torch.float64)
+    solution = torch.from_numpy(nearest_point(target.numpy(), curvature.numpy(), projection))
+    param = solution.clone().to(place.device).requires_grad_()
+    optimizer = AdamAL([param], lr=0.01, projection=projection, backend=place.backend)
+    for _ in range(50):
+        param.grad = (curvature * (param.detach().cpu() - target)).to(place.device)
+        optimizer.step()
+        torch.testing.assert_close(param.detach().cpu(), solution, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        param.fill_(-0.2)
+    for _ in range(800):
+        param.grad = (curvature * (param.detach().cpu() - target)).to(place.device)
+        optimizer.step()
+    torch.testing.assert_close(param.detach().cpu(), solution, rtol=1e-4, atol=1e-4)
