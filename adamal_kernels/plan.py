@@ -145,20 +145,15 @@ class Plan:
         for entry in entries:
             if held := state.get(entry.owner):
                 check_state(entry, held)
-        for entries_of_round in _rounds(entries):
-            check_overlaps(entries_of_round, state)
+        rounds = _rounds(entries)
+        for of_round in rounds:
+            check_overlaps(of_round, state)
         # Collectives, in the order of the parameters: nothing before them differs in a way that
         # would keep some processes from taking part.
-        entries = [
-            entry._replace(grad=redistributed_part(entry.owner, entry.owner.grad))
-            if entry.is_misplaced
-            else entry
-            for entry in entries
-        ]
-        rounds = _rounds(entries)
+        rounds = [[_with_own_gradient(entry) for entry in of_round] for of_round in rounds]
         in_place = [self._step_entries(of_round, state, inputs) for of_round in rounds]
         if in_place == [True] and repeats:
-            self._steady_state = self._bind(param_groups, options, state, entries)
+            self._steady_state = self._bind(param_groups, options, state, rounds[0])
 
     def _step_entries(
         self,
@@ -317,6 +312,12 @@ def _rounds(entries: Sequence[Entry]) -> list[list[Entry]]:
         rounds[times[entry.owner]].append(entry)
         times[entry.owner] += 1
     return rounds
+
+
+def _with_own_gradient(entry: Entry) -> Entry:
+    if not entry.is_misplaced:
+        return entry
+    return entry._replace(grad=redistributed_part(entry.owner, entry.owner.grad))
 
 
 def _append_scalars(
