@@ -38,6 +38,7 @@ from .layout import empty_dense_like, is_dense, overlapping_pair, same_layout
 from .options import GroupOptions
 from .rounding import rounded_sqrt
 from .steady_state import Binding, bind, bound_places
+from .watch_records import WatchRecords
 
 __all__ = ["Plan"]
 
@@ -64,6 +65,7 @@ class Plan:
         self._bound_spreads: list[Any] = []
         self._spreads: list[Any] = []  # of all parameters, whether or not they have gradients
         self._captured: list[Any] = []
+        self._records: WatchRecords | None = None
         self.backends_used: tuple[str, ...] = ()
         """Names of the backends of the last step that was checked."""
         self.grad_norm: Tensor | None = None
@@ -80,6 +82,7 @@ class Plan:
         read_options: Callable[[dict[str, Any]], GroupOptions],
         inputs: StepInputs,
         *,
+        records: WatchRecords | None = None,
         repeats: bool = True,
     ) -> None:
         """Step every parameter that has a gradient.
@@ -90,6 +93,7 @@ class Plan:
             read_options: checks a group and returns its options.
             inputs: what may scale, clip or skip the step. The norm is found here, if
                 ``max_grad_norm`` is finite.
+            records: where the step's statistics are kept; None: it is not watched.
             repeats: whether steps of the same tensors are to be expected.
 
         Raises:
@@ -97,6 +101,9 @@ class Plan:
                 state tensor or a backend cannot be used; nothing has been changed then.
         """
         self.grad_norm = None
+        if repeats and records is not self._records:
+            self._steady_state = None
+        self._records = records
         if repeats and self._steady_state is not None:
             inputs = inputs._replace(skipped_steps=self.skipped_steps)
             if self._steady_state.step(param_groups, state, *inputs, self._norm_of_bound):
@@ -118,7 +125,9 @@ class Plan:
         The graph has the addresses of the tables and counts; a later change of the optimizer binds
         others.
         """
-        self._captured.append((self._steady_state, self.grad_norm, self.skipped_steps))
+        self._captured.append(
+            (self._steady_state, self.grad_norm, self.skipped_steps, self._records)
+        )
 
     def _checked_step(
         self,
@@ -200,6 +209,8 @@ class Plan:
                 steps.append(held["step"])
             _append_tensors(bucket, entry, held, write_backs)
 
+        if self._records is not None:
+            self._append_records(entries, bucket_of)
         for backend, bucket in buckets.values():
             backend.step(bucket)
             if backend.name in FUSED:
@@ -214,6 +225,21 @@ class Plan:
         if buckets:
             self.backends_used = tuple(sorted({name for name, _ in buckets}))
         return in_place and not write_backs
+
+    def _append_records(self, entries: Sequence[Entry], bucket_of: Sequence[Bucket]) -> None:
+        """Append the records of each entry to its bucket."""
+        assert self._records is not None
+        members: dict[int, list[Entry]] = {}
+        for entry, bucket in zip(entries, bucket_of, strict=True):
+            members.setdefault(id(bucket), []).append(entry)
+        for bucket in {id(bucket): bucket for bucket in bucket_of}.values():
+            of_bucket = members[id(bucket)]
+            bucket.records = self._records.of_bucket(
+                [entry.owner for entry in of_bucket],
+                [param.numel() for param in bucket.params],
+                of_bucket[0].backend,
+                bucket.key,
+            )
 
     def _complete(
         self, inputs: StepInputs, buckets: Iterable[tuple[Backend, Bucket]]
@@ -282,7 +308,7 @@ class Plan:
         if not bindings or overlapping_pair(tensors) is not None:
             return None
         self._bound_spreads = [key.spread for _, key in bound_places(bindings)]
-        return bind(param_groups, options, state, bindings)
+        return bind(param_groups, options, state, bindings, self._records)
 
 
 def _rounds(entries: Sequence[Entry]) -> list[list[Entry]]:

@@ -20,8 +20,19 @@ constexpr int64_t kItemOverhead = 64;
 
 }  // namespace
 
-void Plan::bind(const std::vector<TensorEntry>& tensors) {
-  if (tensors == tensors_) return;
+void Plan::bind(const std::vector<TensorEntry>& tensors, const std::vector<at::Tensor>& records) {
+  std::vector<ItemRecord*> record_addresses;
+  for (size_t i = 0; i < records.size(); ++i) {
+    TORCH_CHECK(
+        records.size() == tensors.size() && records[i].scalar_type() == at::kLong &&
+            records[i].device() == device_ && records[i].is_contiguous() &&
+            records[i].numel() == (tensors[i].numel + chunk_ - 1) / chunk_ * kItemRecordWords,
+        "records must be int64, ", kItemRecordWords, " a work item, on ", device_);
+    record_addresses.push_back(static_cast<ItemRecord*>(records[i].mutable_data_ptr()));
+  }
+  if (tensors == tensors_ && record_addresses == record_addresses_) return;
+  records_ = records;
+  record_addresses_ = record_addresses;
   items_.clear();
   for (size_t i = 0; i < tensors.size(); ++i) {
     const int64_t chunks = (tensors[i].numel + chunk_ - 1) / chunk_;
@@ -41,7 +52,7 @@ Bucket Plan::bucket_of(const std::vector<const void*>& grads, const uint32_t* ro
           items_.data(),   static_cast<int64_t>(items_.size()),
           grads.data(),    rows,
           nullptr,         0,
-          nullptr};
+          nullptr,         record_addresses_.empty() ? nullptr : record_addresses_.data()};
 }
 
 void Plan::step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
