@@ -107,8 +107,9 @@ class CudaPlan : public Plan {
 
   CudaApi api_;
   bool uploaded_ = false;
-  at::Tensor table_;  // bytes: the tensor entries, the work items, each tensor's first item
-  at::Tensor rows_;   // bytes: the scalars that the device derived
+  // Bytes: the tensor entries, the work items, each tensor's first item and its records.
+  at::Tensor table_;
+  at::Tensor rows_;  // bytes: the scalars that the device derived
   std::optional<c10::Stream> allocation_stream_;
 };
 

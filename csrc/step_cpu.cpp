@@ -99,7 +99,7 @@ void step_items(const Bucket& bucket, int64_t first_item, int64_t last_item) {
   StepScalars<T> scalars;
   int64_t scalars_row = -1;
   using Watch = std::conditional_t<kWatched, Watched<kSecondMoment, kBlock, T>, Unwatched<T>>;
-  Seen<T> seen;
+  Seen<T> seen = Seen<T>::nothing();
   int64_t seen_tensor = -1;
   for (int64_t i = first_item; i < last_item; ++i) {
     if (i + kItemsAhead < last_item) {
@@ -121,7 +121,7 @@ void step_items(const Bucket& bucket, int64_t first_item, int64_t last_item) {
       const auto now = Budget<T>::of(scalars);
       // Of a tensor's items it is the least change that counts: the next ones look for less only.
       const T least = item.tensor == seen_tensor ? seen.least_change : T(INFINITY);
-      seen = Seen<T>();
+      seen = Seen<T>::nothing();
       seen.least_change = least;
       seen_tensor = item.tensor;
       step_with(BudgetChange<T>(Budget<T>::of(*record), now));

@@ -101,11 +101,13 @@ template <typename T>
 struct Seen {
   using Key = typename Ordered<T>::Key;
 
-  uint32_t grown = 0;
+  uint32_t grown;
   // Of what denominators are made of.
-  Key smallest = Ordered<T>::kLargest;
-  Key largest = 0;
-  T least_change = T(INFINITY);
+  Key smallest;
+  Key largest;
+  T least_change;
+
+  ADAMAL_HD static Seen nothing() { return {0, Ordered<T>::kLargest, 0, T(INFINITY)}; }
 
   ADAMAL_HD void add(const Seen& other) {
     grown += other.grown;

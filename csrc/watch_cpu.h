@@ -59,7 +59,7 @@ class Watched {
     if (++blocks_ < kBlocks && !is_last) return;
     const int64_t earlier = (blocks_ - 1) * kBlock;
     blocks_ = 0;
-    Seen<T> seen;
+    Seen<T> seen = Seen<T>::nothing();
     for (int64_t i = 0; i < lanes_; ++i) {
       seen.grown += static_cast<uint32_t>(grown_[i]);
       seen.add_range(smallest_[i], largest_[i]);
