@@ -6,6 +6,7 @@
 #include "adamal_math.h"
 #include "device_scalars.h"
 #include "dtypes.h"
+#include "watch.h"
 
 namespace adamal {
 
@@ -42,6 +43,7 @@ struct Bucket {
   const StepScalars<double>* scalars;
   int64_t scalar_count;
   const DeviceScalars* device;  // instead of scalars; else null
+  ItemRecord* const* records;   // per tensor, of each of its items; null: the step is not watched
 };
 
 // What selects a kernel, as types.

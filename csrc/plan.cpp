@@ -20,8 +20,19 @@ constexpr int64_t kItemOverhead = 64;
 
 }  // namespace
 
-void Plan::bind(const std::vector<TensorEntry>& tensors) {
-  if (tensors == tensors_) return;
+void Plan::bind(const std::vector<TensorEntry>& tensors, const std::vector<at::Tensor>& records) {
+  std::vector<ItemRecord*> record_addresses;
+  for (size_t i = 0; i < records.size(); ++i) {
+    TORCH_CHECK(
+        records.size() == tensors.size() && records[i].scalar_type() == at::kLong &&
+            records[i].device() == device_ && records[i].is_contiguous() &&
+            records[i].numel() == (tensors[i].numel + chunk_ - 1) / chunk_ * kItemRecordWords,
+        "records must be int64, ", kItemRecordWords, " a work item, on ", device_);
+    record_addresses.push_back(static_cast<ItemRecord*>(records[i].mutable_data_ptr()));
+  }
+  if (tensors == tensors_ && record_addresses == record_addresses_) return;
+  records_ = records;
+  record_addresses_ = record_addresses;
   items_.clear();
   for (size_t i = 0; i < tensors.size(); ++i) {
     const int64_t chunks = (tensors[i].numel + chunk_ - 1) / chunk_;
@@ -41,7 +52,7 @@ Bucket Plan::bucket_of(const std::vector<const void*>& grads, const uint32_t* ro
           items_.data(),   static_cast<int64_t>(items_.size()),
           grads.data(),    rows,
           nullptr,         0,
-          nullptr};
+          nullptr,         record_addresses_.empty() ? nullptr : record_addresses_.data()};
 }
 
 void Plan::step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
@@ -137,7 +148,8 @@ void CudaPlan::launch(const Bucket& bucket) {
     if (stream != *allocation_stream_) rows_.record_stream(stream);
     rows = rows_.mutable_data_ptr();
   }
-  check(api_.step(bucket, tables_of(bucket), rows, device().index(), stream.native_handle()),
+  const auto step = bucket.records == nullptr ? api_.step : api_.watched_step;
+  check(step(bucket, tables_of(bucket), rows, device().index(), stream.native_handle()),
         "the step's launch");
 }
 
@@ -162,7 +174,10 @@ c10::Stream CudaPlan::prepared_stream(const Bucket& bucket) {
   const c10::Stream stream = c10::impl::VirtualGuardImpl(device().type()).getStream(device());
   if (!uploaded_) upload(bucket, stream);
   // Freed memory is handed out again on the stream it was allocated on.
-  if (stream != *allocation_stream_) table_.record_stream(stream);
+  if (stream != *allocation_stream_) {
+    table_.record_stream(stream);
+    for (const at::Tensor& records : this->records()) records.record_stream(stream);
+  }
   return stream;
 }
 
@@ -177,7 +192,9 @@ at::Tensor CudaPlan::bytes_on_device(int64_t bytes) const {
 DeviceTables CudaPlan::tables_of(const Bucket& bucket) const {
   const auto* tensors = static_cast<const TensorEntry*>(table_.const_data_ptr());
   const auto* items = reinterpret_cast<const WorkItem*>(tensors + bucket.tensor_count);
-  return {tensors, items, reinterpret_cast<const int64_t*>(items + bucket.item_count)};
+  const auto* first_items = reinterpret_cast<const int64_t*>(items + bucket.item_count);
+  const auto* records = reinterpret_cast<ItemRecord* const*>(first_items + bucket.tensor_count);
+  return {tensors, items, first_items, bucket.records == nullptr ? nullptr : records};
 }
 
 void CudaPlan::upload(const Bucket& bucket, c10::Stream stream) {
@@ -186,7 +203,9 @@ void CudaPlan::upload(const Bucket& bucket, c10::Stream stream) {
   const size_t tensor_bytes = bucket.tensor_count * sizeof(TensorEntry);
   const size_t item_bytes = bucket.item_count * sizeof(WorkItem);
   const size_t first_bytes = bucket.tensor_count * sizeof(int64_t);
-  table_ = bytes_on_device(static_cast<int64_t>(tensor_bytes + item_bytes + first_bytes));
+  const size_t record_bytes = bucket.records == nullptr ? 0 : bucket.tensor_count * sizeof(void*);
+  table_ =
+      bytes_on_device(static_cast<int64_t>(tensor_bytes + item_bytes + first_bytes + record_bytes));
   rows_ = bytes_on_device(api_.rows_bytes(bucket));
   allocation_stream_ = stream;
   auto* target = static_cast<char*>(table_.mutable_data_ptr());
@@ -199,6 +218,7 @@ void CudaPlan::upload(const Bucket& bucket, c10::Stream stream) {
   append(bucket.tensors, tensor_bytes);
   append(bucket.items, item_bytes);
   append(first_items.data(), first_bytes);
+  append(bucket.records, record_bytes);
   uploaded_ = true;
 }
 

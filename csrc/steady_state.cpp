@@ -159,7 +159,8 @@ void SteadyState::clear() {
   groups_.clear();
 }
 
-bool SteadyState::bind(const py::handle& state) {
+bool SteadyState::bind(const py::handle& state,
+                       const std::vector<std::vector<at::Tensor>>& records) {
   for (const Member& member : members_) {
     const bool is_inference = THPVariable_Unpack(member.param).is_inference();
     if (member.key_set.has(c10::DispatchKey::Python) || is_inference) return false;
@@ -182,7 +183,7 @@ bool SteadyState::bind(const py::handle& state) {
     ++bound;
   }
   if (bound != members_.size()) return false;
-  for (size_t i = 0; i < plans_.size(); ++i) plans_[i].plan->bind(entries[i]);
+  for (size_t i = 0; i < plans_.size(); ++i) plans_[i].plan->bind(entries[i], records.at(i));
   for (PlanStep& step : plans_) step.plan->prepare();
   return true;
 }
