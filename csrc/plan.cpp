@@ -18,9 +18,35 @@ constexpr int64_t kParallelElements = 262144;
 // What a work item costs besides its elements, in elements: look-ups and the loop's ends.
 constexpr int64_t kItemOverhead = 64;
 
+// Calls body(first, last) for shares of pieces of work, on torch's CPU threads. They are shared out
+// by cost, not by pieces: a ragged bucket would keep one thread waiting.
+template <typename Body>
+void for_shares(const std::vector<int64_t>& cost_before, const Body& body) {
+  const auto count = static_cast<int64_t>(cost_before.size()) - 1;
+  at::parallel_for(0, cost_before.back(), kParallelElements, [&](int64_t first, int64_t last) {
+    const auto piece_at = [&](int64_t cost) {
+      return std::lower_bound(cost_before.begin(), cost_before.end(), cost) - cost_before.begin();
+    };
+    body(piece_at(first), std::min<int64_t>(piece_at(last), count));
+  });
+}
+
+void check_sets(const std::vector<TensorEntry>& tensors, const std::vector<CoupledRows>& sets) {
+  TORCH_CHECK(sets.size() == tensors.size(), "a bucket of ", tensors.size(), " parameters has ",
+              sets.size(), " sets");
+  for (size_t i = 0; i < sets.size(); ++i) {
+    TORCH_CHECK(covers(sets[i], tensors[i].numel), "the ", sets[i].rows, " rows of ",
+                sets[i].length, " elements of a set do not make up the ", tensors[i].numel,
+                " elements of parameter ", i);
+    TORCH_CHECK(tensors[i].multipliers != nullptr || tensors[i].numel == 0, "parameter ", i,
+                " has a set and no multipliers");
+  }
+}
+
 }  // namespace
 
-void Plan::bind(const std::vector<TensorEntry>& tensors, const std::vector<at::Tensor>& records) {
+void Plan::bind(const std::vector<TensorEntry>& tensors, const std::vector<CoupledRows>& sets,
+                const std::vector<at::Tensor>& records) {
   std::vector<ItemRecord*> record_addresses;
   for (size_t i = 0; i < records.size(); ++i) {
     TORCH_CHECK(
@@ -30,7 +56,13 @@ void Plan::bind(const std::vector<TensorEntry>& tensors, const std::vector<at::T
         "records must be int64, ", kItemRecordWords, " a work item, on ", device_);
     record_addresses.push_back(static_cast<ItemRecord*>(records[i].mutable_data_ptr()));
   }
-  if (tensors == tensors_ && record_addresses == record_addresses_) return;
+  if (tensors == tensors_ && sets == sets_ && record_addresses == record_addresses_) return;
+  if (!sets.empty()) {
+    TORCH_CHECK(can_project(),
+                "projection: this backend has no kernels for sets that couple elements; use "
+                "backend='foreach'");
+    check_sets(tensors, sets);
+  }
   records_ = records;
   record_addresses_ = record_addresses;
   items_.clear();
@@ -43,16 +75,24 @@ void Plan::bind(const std::vector<TensorEntry>& tensors, const std::vector<at::T
     }
   }
   tensors_ = tensors;
+  sets_ = sets;
   on_bound();
 }
 
 Bucket Plan::bucket_of(const std::vector<const void*>& grads, const uint32_t* rows) const {
-  return {pair_,           second_moment_,
-          tensors_.data(), static_cast<int64_t>(tensors_.size()),
-          items_.data(),   static_cast<int64_t>(items_.size()),
-          grads.data(),    rows,
-          nullptr,         0,
-          nullptr,         record_addresses_.empty() ? nullptr : record_addresses_.data()};
+  return {pair_,
+          second_moment_,
+          tensors_.data(),
+          static_cast<int64_t>(tensors_.size()),
+          items_.data(),
+          static_cast<int64_t>(items_.size()),
+          grads.data(),
+          rows,
+          nullptr,
+          0,
+          nullptr,
+          sets_.empty() ? nullptr : sets_.data(),
+          record_addresses_.empty() ? nullptr : record_addresses_.data()};
 }
 
 void Plan::step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
@@ -85,18 +125,7 @@ void CpuPlan::on_bound() {
     const int64_t left = tensors()[items()[i].tensor].numel - items()[i].chunk * kCpuChunk;
     cost_before_[i + 1] = cost_before_[i] + std::min(kCpuChunk, left) + kItemOverhead;
   }
-}
-
-template <typename Body>
-void CpuPlan::for_items(const Bucket& bucket, const Body& body) const {
-  // Shared out by cost, not by items: a ragged bucket would keep one thread waiting.
-  at::parallel_for(0, cost_before_.back(), kParallelElements, [&](int64_t first, int64_t last) {
-    const auto item_at = [&](int64_t cost) {
-      return std::lower_bound(cost_before_.begin(), cost_before_.end(), cost) -
-             cost_before_.begin();
-    };
-    body(item_at(first), std::min<int64_t>(item_at(last), bucket.item_count));
-  });
+  if (!sets().empty()) projected_.bind(tensors(), sets(), dtypes().param);
 }
 
 void CpuPlan::launch(const Bucket& bucket) {
@@ -126,12 +155,21 @@ void CpuPlan::launch(const Bucket& bucket) {
 }
 
 void CpuPlan::launch_by_rows(const Bucket& bucket) {
-  for_items(bucket, [&](int64_t first, int64_t last) { step_cpu(bucket, first, last); });
+  const auto step_items = [&] {
+    for_shares(cost_before_, [&](int64_t first, int64_t last) { step_cpu(bucket, first, last); });
+  };
+  if (bucket.sets != nullptr) {
+    if (bucket.records != nullptr) step_items();
+    projected_.step(bucket, [](const std::vector<int64_t>& cost_before,
+                               const ProjectedStep::Body& body) { for_shares(cost_before, body); });
+    return;
+  }
+  step_items();
 }
 
 at::Tensor CpuPlan::launch_squared_norm(const Bucket& bucket) {
   std::vector<double> chunk_sums(bucket.item_count * kNormChunksPerItem);
-  for_items(bucket, [&](int64_t first, int64_t last) {
+  for_shares(cost_before_, [&](int64_t first, int64_t last) {
     squared_norm_items_cpu(bucket, first, last, chunk_sums.data());
   });
   std::vector<double> sums(bucket.tensor_count);
