@@ -458,7 +458,7 @@ TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
     "the pointer table is stale": (
         Fault(
             "adamal_kernels/backends/triton_plan.py",
-            "if self._bound != (entries, aligned):",
+            "if self._bound != bound:",
             "if self._bound is None:",
         ),
         "test_triton_interpreter.py::test_tables_follow_the_tensors[Python]",
