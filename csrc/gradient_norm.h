@@ -69,7 +69,8 @@ struct NormTree {
 };
 
 // A thread's part of one level of a tree over `count` values, `stride` apart.
-ADAMAL_HD inline void add_level(double* values, int count, int stride, int thread) {
+template <typename Value>
+ADAMAL_HD inline void add_level(Value* values, int count, int stride, int thread) {
   for (int i = thread * 2 * stride; i + stride < count; i += kCudaBlockThreads * 2 * stride) {
     values[i] = values[i] + values[i + stride];
   }

@@ -41,7 +41,7 @@ Bucket Plan::bucket_of(const std::vector<const void*>& grads, const uint32_t* ro
           items_.data(),   static_cast<int64_t>(items_.size()),
           grads.data(),    rows,
           nullptr,         0,
-          nullptr};
+          nullptr,         nullptr};
 }
 
 void Plan::step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
@@ -137,7 +137,12 @@ void CudaPlan::launch(const Bucket& bucket) {
     if (stream != *allocation_stream_) rows_.record_stream(stream);
     rows = rows_.mutable_data_ptr();
   }
-  check(api_.step(bucket, tables_of(bucket), rows, device().index(), stream.native_handle()),
+  const DeviceTables tables = tables_of(bucket);
+  const int index = device().index();
+  void* const on = stream.native_handle();
+  check(sets_.defined()
+            ? api_.step_and_project(bucket, tables, set_tables_, rows, index, on)
+            : api_.step(bucket, tables, rows, index, on),
         "the step's launch");
 }
 
@@ -162,7 +167,10 @@ c10::Stream CudaPlan::prepared_stream(const Bucket& bucket) {
   const c10::Stream stream = c10::impl::VirtualGuardImpl(device().type()).getStream(device());
   if (!uploaded_) upload(bucket, stream);
   // Freed memory is handed out again on the stream it was allocated on.
-  if (stream != *allocation_stream_) table_.record_stream(stream);
+  if (stream != *allocation_stream_) {
+    table_.record_stream(stream);
+    if (sets_.defined()) sets_.record_stream(stream);
+  }
   return stream;
 }
 
@@ -199,7 +207,20 @@ void CudaPlan::upload(const Bucket& bucket, c10::Stream stream) {
   append(bucket.tensors, tensor_bytes);
   append(bucket.items, item_bytes);
   append(first_items.data(), first_bytes);
+  sets_.reset();
+  if (bucket.sets != nullptr) upload_sets(bucket, stream);
   uploaded_ = true;
+}
+
+void CudaPlan::upload_sets(const Bucket& bucket, c10::Stream stream) {
+  const SetWork work(bucket);
+  at::Tensor memory = bytes_on_device(work.bytes());
+  auto* const base = static_cast<char*>(memory.mutable_data_ptr());
+  const std::vector<char> image = work.image_for(base);
+  check(api_.upload(base, image.data(), image.size(), device().index(), stream.native_handle()),
+        "copying the table of sets");
+  set_tables_ = work.tables_at(base);
+  sets_ = memory;
 }
 
 }  // namespace adamal

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda_api.h"
+#include "set_tables.h"
 #include "step.h"
 
 namespace adamal {
@@ -96,6 +97,7 @@ class CudaPlan : public Plan {
   // Copies the tables where they changed; returns the stream to launch on.
   c10::Stream prepared_stream(const Bucket& bucket);
   void upload(const Bucket& bucket, c10::Stream stream);
+  void upload_sets(const Bucket& bucket, c10::Stream stream);
   at::Tensor bytes_on_device(int64_t bytes) const;
   DeviceTables tables_of(const Bucket& bucket) const;
   void check(const char* error, const char* what) const;
@@ -104,6 +106,8 @@ class CudaPlan : public Plan {
   bool uploaded_ = false;
   at::Tensor table_;  // bytes: the tensor entries, the work items, each tensor's first item
   at::Tensor rows_;   // bytes: the scalars that the device derived
+  at::Tensor sets_;   // bytes: the tables of set_tables.h; undefined where no set couples elements
+  SetTables set_tables_{};
   std::optional<c10::Stream> allocation_stream_;
 };
 

@@ -57,6 +57,12 @@ const char* step_cuda(const Bucket& bucket, const DeviceTables& tables, void* ro
                       void* stream);
 int64_t device_rows_bytes(const Bucket& bucket);
 
+// The same for a bucket whose sets couple elements, by its tables of set_tables.h: steps and
+// projects.
+struct SetTables;
+const char* step_and_project_cuda(const Bucket& bucket, const DeviceTables& tables,
+                                  const SetTables& sets, void* rows, int device, void* stream);
+
 // Enqueues the sum of squares of all gradients into `total`. `scratch` is device memory for a
 // double a work item and a double a tensor. Returns as step_cuda does.
 const char* squared_norm_cuda(const Bucket& bucket, const DeviceTables& tables, double* scratch,

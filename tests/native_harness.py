@@ -20,13 +20,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from adamal_kernels.coupled import CoupledRows
 from adamal_kernels.hyperparameters import StepOptions, StepScalars
 
 Array = npt.NDArray[Any]
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = Path(os.environ.get("ADAMAL_TEST_CSRC", ROOT / "csrc")).resolve()
-HARNESS_SOURCE = ROOT / "tests" / "native" / "harness.cpp"
+HARNESS_SOURCES = (
+    ROOT / "tests" / "native" / "harness.cpp",
+    ROOT / "tests" / "native" / "projections.cpp",
+)
 BUILD_DIR = ROOT / "build" / "native_harness"
 
 # Not optimised: most of the time goes into building.
@@ -58,6 +62,7 @@ class Command(IntEnum):
     STEP_ON_DEVICE = 6
     NORM_CPU = 7
     NORM_CUDA = 8
+    PROJECT_CUDA = 9
 
 
 @dataclass
@@ -126,6 +131,25 @@ class DeviceResult:
 
 
 @dataclass
+class SetCase:
+    """The set of a tensor, and what its rows' searches start from."""
+
+    rows: CoupledRows
+    multipliers: Array
+    """Float64, one a row."""
+
+
+@dataclass
+class ProjectResult:
+    """The tensors after a step and its projection, and the multipliers found."""
+
+    tensors: list[TensorCase]
+    multipliers: list[Array]
+    counts: Array | None
+    """None where the scalars were the host's."""
+
+
+@dataclass
 class Capacity:
     """What the parameters of a launch hold."""
 
@@ -161,9 +185,9 @@ def build_harness(
     """
     compiler = os.environ.get("CXX", "g++")
     flags = (*COMMON_FLAGS, *(SANITIZER_FLAGS if sanitize else ()))
-    sources = (HARNESS_SOURCE, csrc / "norm_cpu.cpp", csrc / "step_cpu.cpp")
+    sources = (*HARNESS_SOURCES, csrc / "norm_cpu.cpp", csrc / "step_cpu.cpp")
     digest = hashlib.sha256(repr((compiler, flags)).encode())
-    for path in (*sources, *sorted(HARNESS_SOURCE.parent.glob("*.h")), *sorted(csrc.glob("*.h"))):
+    for path in (*sources, *sorted(HARNESS_SOURCES[0].parent.glob("*.h")), *sorted(csrc.glob("*.h"))):
         digest.update(path.read_bytes())
     executable = build_dir / f"harness-{digest.hexdigest()[:16]}"
     if not executable.exists():
@@ -268,6 +292,33 @@ class Harness:
         assert taken.offset == len(output)
         return results
 
+    def project_cuda(
+        self,
+        cases: Sequence[StepCase],
+        sets: Sequence[Sequence[SetCase]],
+        devices: Sequence[DeviceCase | None],
+    ) -> list[ProjectResult]:
+        """Step and project every case by the CUDA kernels; a set a tensor."""
+        payload = b""
+        for case, of_case, device in zip(cases, sets, devices, strict=True):
+            payload += b"".join(_step_input(Command.PROJECT_CUDA, case))
+            for each in of_case:
+                payload += _set_input(each)
+            payload += _integers(device is not None)
+            payload += b"" if device is None else _device_input(device)
+        output = self._run(payload)
+        taken = _Taken(output)
+        results = []
+        for case, of_case, device in zip(cases, sets, devices, strict=True):
+            multipliers = [taken.array(np.dtype(float), each.rows.rows) for each in of_case]
+            counts = None
+            if device is not None:
+                counts = taken.array(np.dtype(np.float32), len(case.tensors))
+                taken.integers(1)
+            results.append(ProjectResult(taken.tensors(case), multipliers, counts))
+        assert taken.offset == len(output)
+        return results
+
     def _run(self, payload: bytes) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder, "input"), Path(folder, "output")
@@ -293,13 +344,13 @@ class _Taken:
 
     def integers(self, count: int) -> list[int]:
         """Return the next integers."""
-        return self._array(np.dtype(np.int64), count).tolist()
+        return self.array(np.dtype(np.int64), count).tolist()
 
     def tensors(self, case: StepCase) -> list[TensorCase]:
         """Return the tensors of a case as the step left them."""
 
         def take(like: Array | None) -> Array | None:
-            return None if like is None else self._array(like.dtype, like.size)
+            return None if like is None else self.array(like.dtype, like.size)
 
         return [
             TensorCase(
@@ -312,7 +363,8 @@ class _Taken:
             for tensor in case.tensors
         ]
 
-    def _array(self, dtype: np.dtype[Any], count: int) -> Array:
+    def array(self, dtype: np.dtype[Any], count: int) -> Array:
+        """Return the next numbers of a type."""
         array = np.frombuffer(self._output, dtype, count, self.offset).copy()
         self.offset += array.nbytes
         return array
@@ -339,6 +391,15 @@ def _step_input(command: Command, case: StepCase) -> Iterable[bytes]:
         for stream in streams:
             if stream is not None:
                 yield stream.tobytes()
+
+
+def _set_input(each: SetCase) -> bytes:
+    rows = each.rows
+    assert each.multipliers.shape == (rows.rows,)
+    payload = struct.pack("<qdd", rows.kind, rows.size, rows.tolerance)
+    for runs in (rows.kept, rows.reduced):
+        payload += _integers(len(runs), *(number for run in runs for number in run))
+    return payload + each.multipliers.astype(np.float64).tobytes()
 
 
 def _device_input(device: DeviceCase) -> bytes:

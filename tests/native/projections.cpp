@@ -1,0 +1,143 @@
+#include "projections.h"
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <random>
+#include <type_traits>
+#include <vector>
+
+#include "launch_params.h"
+#include "owned_device.h"
+#include "projection_blocks.h"
+#include "set_tables.h"
+#include "shuffled.h"
+
+namespace adamal::harness {
+namespace {
+
+constexpr int kGarbage = 0xa5;
+// Fewer than a bucket's pieces, so that blocks take several.
+constexpr int64_t kPieceBlocks = 3;
+
+CoupledRows read_rows(Input& input) {
+  CoupledRows rows{};
+  rows.set.kind = static_cast<SetKind>(input.integer());
+  rows.set.size = input.array<double>(1)[0];
+  rows.set.tolerance = input.array<double>(1)[0];
+  const auto read_runs = [&](int32_t* count, int64_t* sizes, int64_t* strides) {
+    int64_t product = 1;
+    *count = static_cast<int32_t>(input.integer());
+    for (int32_t i = 0; i < *count; ++i) {
+      sizes[i] = input.integer();
+      strides[i] = input.integer();
+      product *= sizes[i];
+    }
+    return product;
+  };
+  rows.rows = read_runs(&rows.kept_count, rows.kept_sizes, rows.kept_strides);
+  rows.length = read_runs(&rows.reduced_count, rows.reduced_sizes, rows.reduced_strides);
+  return rows;
+}
+
+// All threads of a block, in an order of its own in each phase.
+class HostBlock {
+ public:
+  HostBlock(int64_t index, int64_t count, std::mt19937_64& random)
+      : index_(index), count_(count), random_(random) {}
+
+  int64_t index() const { return index_; }
+  int64_t count() const { return count_; }
+  template <typename Body>
+  void phase(const Body& body) const {
+    for (const int thread : shuffled(kCudaBlockThreads, random_)) body(thread);
+  }
+
+ private:
+  int64_t index_;
+  int64_t count_;
+  std::mt19937_64& random_;
+};
+
+template <typename Kernel>
+bool run_kernel(const Kernel& kernel, int64_t blocks, std::mt19937_64& random) {
+  // A copy of exactly the launch's size, as the device would get it.
+  const auto copy = std::make_unique<Kernel>(kernel);
+  for (const int64_t index : shuffled(blocks, random)) {
+    typename Kernel::Shared* shared = new typename Kernel::Shared;
+    static_assert(std::is_trivially_copyable_v<typename Kernel::Shared>);
+    std::memset(static_cast<void*>(shared), kGarbage, sizeof(*shared));
+    (*copy)(HostBlock(index, blocks, random), *shared);
+    delete shared;
+  }
+  return true;
+}
+
+template <typename Key>
+void run_steps(OwnedBucket& bucket, const SetTables& tables, std::mt19937_64& random) {
+  using T = ComputeType<typename Key::Param>;
+  const auto launch_with = [&](const auto& params, int64_t blocks) {
+    using Params = std::decay_t<decltype(params)>;
+    using Kernel = StepBlock<Key::kSecondMoment, typename Key::Param, typename Key::Grad, Params>;
+    run_kernel(Kernel{params, tables.entries}, blocks, random);
+  };
+  if (bucket.view.device == nullptr) {
+    LaunchSplitter<T> splitter(bucket.view, bucket.tensors.data(), bucket.items.data());
+    SmallLaunchParams<T> params;
+    while (splitter.next(&params)) launch_with(params, splitter.block_count());
+    return;
+  }
+  std::vector<char> rows(DeviceRows<T>::bytes(bucket.view.tensor_count));
+  SmallDeviceLaunchParams<T> params;
+  params.scalars = DeviceRows<T>::at(rows.data());
+  SmallDeriveParams<T> derive;
+  DeriveSplitter<T> derivations(bucket.view, params.scalars);
+  while (derivations.next(&derive)) {
+    for (const uint32_t slot : shuffled(derive.tensor_count, random)) derive_thread(derive, slot);
+  }
+  GradientSplitter<T> splitter(bucket.view);
+  while (splitter.next(params.kTensorCapacity)) {
+    splitter.fill(bucket.tensors.data(), bucket.items.data(), &params);
+    launch_with(params, splitter.block_count());
+  }
+}
+
+}  // namespace
+
+void run_project_cuda(OwnedBucket& bucket, Input& input, Output& output) {
+  std::mt19937_64 random(bucket.seed);
+  std::vector<CoupledRows> sets;
+  std::vector<std::vector<double>> multipliers;
+  for (TensorEntry& tensor : bucket.tensors) {
+    sets.push_back(read_rows(input));
+    multipliers.push_back(input.array<double>(sets.back().rows));
+    tensor.multipliers = multipliers.back().data();
+  }
+  bucket.view.sets = sets.data();
+  std::optional<OwnedDevice> device;
+  if (input.integer() != 0) {
+    device.emplace(input, bucket.view.tensor_count);
+    bucket.view.device = &device->view;
+  }
+
+  const SetWork work(bucket.view);
+  // Exactly as many bytes as the plan would allocate, so that an access past them traps.
+  std::vector<char> memory(work.bytes(), static_cast<char>(kGarbage));
+  const std::vector<char> image = work.image_for(memory.data());
+  std::copy(image.begin(), image.end(), memory.begin());
+  const SetTables tables = work.tables_at(memory.data());
+  std::memset(tables.is_searching, 0, tables.zeroed_bytes);
+  dispatch(bucket.view, [&](auto key) {
+    using Key = decltype(key);
+    run_steps<Key>(bucket, tables, random);
+    project_bucket<typename Key::Param>(
+        bucket.tensors.data(), tables, kPieceBlocks,
+        [&](const auto& kernel, int64_t blocks) { return run_kernel(kernel, blocks, random); });
+  });
+  for (const auto& row : multipliers) output.array(row);
+  if (device.has_value()) device->write(output);
+  bucket.write(output);
+}
+
+}  // namespace adamal::harness
