@@ -159,6 +159,7 @@ class LaunchSplitter {
 
   // Of the launch that next() filled.
   int64_t block_count() const { return block_count_; }
+  int tensor_count() const { return tensor_count_; }
 
   template <typename Smaller>
   bool fits() const {

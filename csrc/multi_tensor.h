@@ -15,9 +15,11 @@
 
 #ifdef __CUDACC__
 #define ADAMAL_UNROLL _Pragma("unroll")
+#define ADAMAL_ROLL _Pragma("unroll 1")
 #define ADAMAL_INLINE __forceinline__
 #else
 #define ADAMAL_UNROLL
+#define ADAMAL_ROLL
 #define ADAMAL_INLINE inline
 #endif
 

@@ -140,9 +140,8 @@ void CudaPlan::launch(const Bucket& bucket) {
   const DeviceTables tables = tables_of(bucket);
   const int index = device().index();
   void* const on = stream.native_handle();
-  check(sets_.defined()
-            ? api_.step_and_project(bucket, tables, set_tables_, rows, index, on)
-            : api_.step(bucket, tables, rows, index, on),
+  check(sets_.defined() ? api_.step_and_project(bucket, tables, set_tables_, index, on)
+                        : api_.step(bucket, tables, rows, index, on),
         "the step's launch");
 }
 

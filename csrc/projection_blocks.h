@@ -13,6 +13,7 @@
 #include "coupled_rows.h"
 #include "coupled_sets.h"
 #include "gradient_norm.h"
+#include "launch_params.h"
 #include "multi_tensor.h"
 #include "set_tables.h"
 #include "step.h"
@@ -24,22 +25,64 @@ ADAMAL_HD inline SetTerms operator+(SetTerms a, SetTerms b) {
   return {a.first + b.first, a.second + b.second};
 }
 
-// Elements [first, first + kWidth) of a row; past its end zeros.
-template <int kWidth, typename Storage>
-ADAMAL_HD ADAMAL_INLINE Pack<Storage, kWidth> load_leaf(const CoupledRows& rows,
-                                                        const Storage* row, int64_t first) {
-  Pack<Storage, kWidth> leaf;
-  if (rows.is_contiguous() && first + kWidth <= rows.length &&
-      reinterpret_cast<uintptr_t>(row + first) % kAccessBytes == 0) {
-    leaf.load(row + first);
-    return leaf;
+// Elements [first, first + kWidth) of a row, as far as they exist.
+template <int kWidth>
+class Leaf {
+ public:
+  ADAMAL_HD ADAMAL_INLINE Leaf(const CoupledRows& rows, int64_t first)
+      : count_(int(min_of(rows.length - first, int64_t(kWidth)))),
+        is_contiguous_(rows.is_contiguous() && count_ == kWidth) {
+    if (rows.reduced_count == 1) {
+      ADAMAL_UNROLL
+      for (int j = 0; j < kWidth; ++j) offset_[j] = (first + j) * rows.reduced_strides[0];
+      return;
+    }
+    // Divisions: a loop that is not unrolled, and so may not index registers.
+    ADAMAL_ROLL
+    for (int j = 0; j < count_; ++j) {
+      const int64_t offset = rows.element_offset(first + j);
+      ADAMAL_UNROLL
+      for (int k = 0; k < kWidth; ++k) offset_[k] = k == j ? offset : offset_[k];
+    }
   }
-  ADAMAL_UNROLL
-  for (int j = 0; j < kWidth; ++j) {
-    leaf.lane[j] = first + j < rows.length ? row[rows.element_offset(first + j)] : Storage{};
+
+  ADAMAL_HD bool has(int j) const { return j < count_; }
+
+  // From a stream's place of the row's first element; what does not exist is 0.
+  template <typename Storage>
+  ADAMAL_HD ADAMAL_INLINE Pack<Storage, kWidth> load(const Storage* row) const {
+    Pack<Storage, kWidth> values;
+    if (fits_accesses(row)) {
+      values.load(row + offset_[0]);
+      return values;
+    }
+    ADAMAL_UNROLL
+    for (int j = 0; j < kWidth; ++j) values.lane[j] = has(j) ? row[offset_[j]] : Storage{};
+    return values;
   }
-  return leaf;
-}
+
+  template <typename Storage>
+  ADAMAL_HD ADAMAL_INLINE void store(const Pack<Storage, kWidth>& values, Storage* row) const {
+    if (fits_accesses(row)) {
+      values.store(row + offset_[0]);
+      return;
+    }
+    ADAMAL_UNROLL
+    for (int j = 0; j < kWidth; ++j) {
+      if (has(j)) row[offset_[j]] = values.lane[j];
+    }
+  }
+
+ private:
+  template <typename Storage>
+  ADAMAL_HD bool fits_accesses(const Storage* row) const {
+    return is_contiguous_ && reinterpret_cast<uintptr_t>(row + offset_[0]) % kAccessBytes == 0;
+  }
+
+  int count_;  // not positive where the leaf lies past the row's end
+  bool is_contiguous_;
+  int64_t offset_[kWidth] = {};
+};
 
 // The sum of term(0), ..., term(kWidth - 1) by a tree of neighbours.
 template <typename Value, int kWidth, typename Term>
@@ -86,20 +129,21 @@ class SteppedRow {
   // The size terms of a leaf, added up.
   template <int kWidth>
   ADAMAL_HD ADAMAL_INLINE double size_of_leaf(int64_t first) const {
-    const auto param = load_leaf<kWidth>(rows_, param_, first);
-    return add_leaf<double, kWidth>([&](int j) {
-      return first + j < rows_.length ? size_term(rows_.set.kind, value_of(param, j)) : 0.0;
-    });
+    const Leaf<kWidth> leaf(rows_, first);
+    const auto param = leaf.load(param_);
+    return add_leaf<double, kWidth>(
+        [&](int j) { return leaf.has(j) ? size_term(rows_.set.kind, value_of(param, j)) : 0.0; });
   }
 
   // The terms of a leaf at a multiplier, added up.
   template <int kWidth>
   ADAMAL_HD ADAMAL_INLINE SetTerms terms_of_leaf(int64_t first, const StepScalars<T>& scalars,
                                                  double multiplier) const {
-    const auto param = load_leaf<kWidth>(rows_, param_, first);
-    const auto denominator_sq = load_leaf<kWidth>(rows_, denominator_sq_, first);
+    const Leaf<kWidth> leaf(rows_, first);
+    const auto param = leaf.load(param_);
+    const auto denominator_sq = leaf.load(denominator_sq_);
     return add_leaf<SetTerms, kWidth>([&](int j) {
-      if (first + j >= rows_.length) return SetTerms{0, 0};
+      if (!leaf.has(j)) return SetTerms{0, 0};
       return set_terms(rows_.set.kind, value_of(param, j),
                        metric_of(denominator_sq.lane[j], scalars), multiplier);
     });
@@ -109,24 +153,17 @@ class SteppedRow {
   template <int kWidth>
   ADAMAL_HD ADAMAL_INLINE void project_leaf(int64_t first, const StepScalars<T>& scalars,
                                             const RowSearch& search) const {
-    auto param = load_leaf<kWidth>(rows_, param_, first);
-    const auto denominator_sq = load_leaf<kWidth>(rows_, denominator_sq_, first);
+    const Leaf<kWidth> leaf(rows_, first);
+    auto param = leaf.load(param_);
+    const auto denominator_sq = leaf.load(denominator_sq_);
     ADAMAL_UNROLL
     for (int j = 0; j < kWidth; ++j) {
-      const double moved = projected(rows_.set.kind, value_of(param, j),
-                                     metric_of(denominator_sq.lane[j], scalars), search.multiplier,
-                                     search.scale);
+      const double moved =
+          projected(rows_.set.kind, value_of(param, j), metric_of(denominator_sq.lane[j], scalars),
+                    search.multiplier, search.scale);
       param.lane[j] = encode<Param>(static_cast<T>(moved));
     }
-    if (rows_.is_contiguous() && first + kWidth <= rows_.length &&
-        reinterpret_cast<uintptr_t>(param_ + first) % kAccessBytes == 0) {
-      param.store(param_ + first);
-      return;
-    }
-    ADAMAL_UNROLL
-    for (int j = 0; j < kWidth; ++j) {
-      if (first + j < rows_.length) param_[rows_.element_offset(first + j)] = param.lane[j];
-    }
+    leaf.store(param, param_);
   }
 
  private:
@@ -140,13 +177,38 @@ class SteppedRow {
   const T* denominator_sq_;
 };
 
+template <typename T>
+ADAMAL_HD inline const StepScalars<T>& scalars_of(const SetEntry& entry) {
+  return *static_cast<const StepScalars<T>*>(entry.scalars);
+}
+
 // Elements of a piece that one thread adds by itself.
 template <typename T>
 inline constexpr int kPieceLeaf = kNormChunk<T> / kCudaBlockThreads;
 
-// The step of a bucket with sets, a block a work item. It leaves the scalars for the projection,
-// and adds the sizes of what it has stored of a long row, still in cache.
-template <SecondMoment kSecondMoment, typename Param, typename Grad, typename Params>
+// Leaves the host's scalars where those that the device derives would be: a thread a tensor.
+template <typename T>
+struct StoreScalars {
+  static constexpr int kResident = 1;
+  struct Shared {};
+
+  SmallLaunchParams<T> params;
+  int32_t tensor_count;
+  StepScalars<T>* scalars;  // of each tensor
+
+  template <typename Block>
+  ADAMAL_HD ADAMAL_INLINE void operator()(const Block& block, Shared&) const {
+    block.phase([&](int thread) {
+      const int64_t slot = block.index() * kCudaBlockThreads + thread;
+      if (slot >= tensor_count || params.grads[slot] == nullptr) return;
+      scalars[params.first_tensor + slot] = params.scalars_of(uint32_t(slot));
+    });
+  }
+};
+
+// The step of a bucket with sets, a block a work item. It adds the sizes of what it has stored of a
+// long row, still in cache.
+template <SecondMoment kSecondMoment, typename Param, typename Grad>
 struct StepBlock {
   using T = ComputeType<Param>;
   static_assert(kNormChunk<T> == kCudaChunk<T>);
@@ -155,30 +217,22 @@ struct StepBlock {
     double leaves[kCudaBlockThreads];
   };
 
-  Params params;
+  SmallDeviceLaunchParams<T> params;
   const SetEntry* sets;
 
   template <typename Block>
   ADAMAL_HD ADAMAL_INLINE void operator()(const Block& block, Shared& shared) const {
     const int64_t index = block.index();
-    block.phase([&](int thread) {
-      step_block<kSecondMoment, Param, Grad>(params, index, thread);
-    });
-    if (params.is_skipped()) return;
+    block.phase([&](int thread) { step_block<kSecondMoment, Param, Grad>(params, index, thread); });
     const WorkItem item = params.items[index];
-    const uint32_t slot = item.tensor - params.first_tensor;
-    if (params.grads[slot] == nullptr) return;
     const SetEntry& entry = sets[item.tensor];
+    // Zeros where nothing was stepped, too.
+    if (!entry.sizes_come_with_step || !projects(scalars_of<T>(entry))) return;
     block.phase([&](int thread) {
-      if (thread == 0 && item.chunk == 0) {
-        *static_cast<StepScalars<T>*>(entry.scalars) = params.scalars_of(slot);
-      }
-      if (!entry.sizes_come_with_step) return;
       const SteppedRow<Param> row(entry.rows, params.tensors[item.tensor], 0);
       const int64_t first = item.chunk * kCudaChunk<T> + thread * kPieceLeaf<T>;
       shared.leaves[thread] = row.template size_of_leaf<kPieceLeaf<T>>(first);
     });
-    if (!entry.sizes_come_with_step) return;
     add_leaves(block, shared.leaves, 1, kCudaBlockThreads);
     block.phase([&](int thread) {
       if (thread == 0) entry.sums[item.chunk].first = shared.leaves[0];
@@ -207,7 +261,7 @@ struct ProjectTile {
     const SetEntry& entry = sets[item.tensor];
     const CoupledRows& rows = entry.rows;
     const RowTile tile = entry.tile;
-    const StepScalars<T> scalars = *static_cast<const StepScalars<T>*>(entry.scalars);
+    const StepScalars<T> scalars = scalars_of<T>(entry);
     if (!projects(scalars)) return;
     const TensorEntry& tensor = tensors[item.tensor];
     const int64_t first_row = int64_t(item.chunk) * tile.rows;
@@ -275,11 +329,6 @@ struct LongRows {
   int64_t piece_count;
   const WorkItem* rows;
   int32_t* is_searching;  // by round: whether there are rows that take part in it
-
-  template <typename T>
-  ADAMAL_HD static const StepScalars<T>& scalars_of(const SetEntry& entry) {
-    return *static_cast<const StepScalars<T>*>(entry.scalars);
-  }
 };
 
 // Adds up one piece, by leaves that leaf(row, first element) adds, into its sum.
@@ -483,16 +532,45 @@ struct ProjectPieces : LongRows {
       block.phase([&](int thread) {
         const SteppedRow<Param> row(entry.rows, tensors[item.tensor], index);
         const int64_t chunk = item.chunk / entry.rows.rows;
-        row.template project_leaf<kPieceLeaf<T>>(
-            chunk * kNormChunk<T> + thread * kPieceLeaf<T>, scalars_of<T>(entry),
-            entry.searches[index]);
+        row.template project_leaf<kPieceLeaf<T>>(chunk * kNormChunk<T> + thread * kPieceLeaf<T>,
+                                                 scalars_of<T>(entry), entry.searches[index]);
       });
     }
   }
 };
 
-// Calls launch(kernel, blocks) for what follows the step, in order; false from it ends that. At most
-// `piece_blocks` share the pieces.
+// Calls launch(kernel, blocks) for the host's scalars; false from it ends that.
+template <typename T, typename Launch>
+bool store_scalars(const Bucket& bucket, const DeviceTables& tables, DeviceRows<T> scalars,
+                   const Launch& launch) {
+  LaunchSplitter<T> splitter(bucket, tables.tensors, tables.items);
+  StoreScalars<T> kernel;
+  kernel.scalars = scalars.rows;
+  while (splitter.next(&kernel.params)) {
+    kernel.tensor_count = splitter.tensor_count();
+    if (!launch(kernel, (kernel.tensor_count + kCudaBlockThreads - 1) / kCudaBlockThreads)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// The same for the step by scalars that are there.
+template <typename Key, typename T, typename Launch>
+bool step_bucket(const Bucket& bucket, const DeviceTables& tables, const SetTables& sets,
+                 DeviceRows<T> scalars, const Launch& launch) {
+  GradientSplitter<T> splitter(bucket);
+  StepBlock<Key::kSecondMoment, typename Key::Param, typename Key::Grad> kernel;
+  kernel.params.scalars = scalars;
+  kernel.sets = sets.entries;
+  while (splitter.next(kernel.params.kTensorCapacity)) {
+    splitter.fill(tables.tensors, tables.items, &kernel.params);
+    if (!launch(kernel, splitter.block_count())) return false;
+  }
+  return true;
+}
+
+// The same for what follows the step, in order. At most `piece_blocks` share the pieces.
 template <typename Param, typename Launch>
 bool project_bucket(const TensorEntry* tensors, const SetTables& tables, int64_t piece_blocks,
                     const Launch& launch) {
@@ -502,8 +580,8 @@ bool project_bucket(const TensorEntry* tensors, const SetTables& tables, int64_t
     return false;
   }
   if (tables.piece_count == 0) return true;
-  const LongRows rows{tensors,          tables.entries,   tables.pieces,
-                      tables.piece_count, tables.long_rows, tables.is_searching};
+  const LongRows rows{tensors,          tables.entries,     tables.pieces, tables.piece_count,
+                      tables.long_rows, tables.is_searching};
   const int64_t over_pieces = min_of(tables.piece_count, piece_blocks);
   const int64_t over_rows = tables.long_row_count;
   if (tables.has_sizes_to_add && !launch(AddSizes<Param>{rows}, over_pieces)) return false;

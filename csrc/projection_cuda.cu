@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 
 #include "device_guard.h"
 #include "launch_params.h"
@@ -43,62 +42,41 @@ cudaError_t launch(const Kernel& kernel, int64_t blocks, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// By launches of few tensors only: a kernel more for each of many would be a long build.
-template <typename Key>
-cudaError_t launch_steps(const Bucket& bucket, const DeviceTables& tables, const SetTables& sets,
-                         void* rows, cudaStream_t stream) {
-  using T = ComputeType<typename Key::Param>;
-  const auto launch_with = [&](const auto& params, int64_t blocks) {
-    using Params = std::decay_t<decltype(params)>;
-    using Kernel = StepBlock<Key::kSecondMoment, typename Key::Param, typename Key::Grad, Params>;
-    return launch(Kernel{params, sets.entries}, blocks, stream);
-  };
-  cudaError_t error = cudaSuccess;
-  if (bucket.device == nullptr) {
-    LaunchSplitter<T> splitter(bucket, tables.tensors, tables.items);
-    SmallLaunchParams<T> params;
-    while (error == cudaSuccess && splitter.next(&params)) {
-      error = launch_with(params, splitter.block_count());
-    }
-    return error;
-  }
-  SmallDeviceLaunchParams<T> params;
-  params.scalars = DeviceRows<T>::at(rows);
-  error = derive_scalars_cuda(bucket, params.scalars, stream);
-  GradientSplitter<T> splitter(bucket);
-  while (error == cudaSuccess && splitter.next(params.kTensorCapacity)) {
-    splitter.fill(tables.tensors, tables.items, &params);
-    error = launch_with(params, splitter.block_count());
-  }
-  return error;
-}
-
-// The step, then the kernels that project what it has stored.
+// The scalars, the step by them, and the kernels that project what it has stored.
 template <typename Key>
 cudaError_t launch_all(const Bucket& bucket, const DeviceTables& tables, const SetTables& sets,
-                       void* rows, cudaStream_t stream) {
+                       cudaStream_t stream) {
+  using T = ComputeType<typename Key::Param>;
+  const auto scalars = DeviceRows<T>::at(sets.scalars);
   cudaError_t error = cudaMemsetAsync(sets.is_searching, 0, sets.zeroed_bytes, stream);
-  if (error == cudaSuccess) error = launch_steps<Key>(bucket, tables, sets, rows, stream);
+  const auto launch_on_stream = [&](const auto& kernel, int64_t blocks) {
+    error = launch(kernel, blocks, stream);
+    return error == cudaSuccess;
+  };
   if (error != cudaSuccess) return error;
-  project_bucket<typename Key::Param>(tables.tensors, sets, kPieceBlocks,
-                                      [&](const auto& kernel, int64_t blocks) {
-                                        error = launch(kernel, blocks, stream);
-                                        return error == cudaSuccess;
-                                      });
+  if (bucket.device == nullptr) {
+    store_scalars(bucket, tables, scalars, launch_on_stream);
+  } else {
+    error = derive_scalars_cuda(bucket, scalars, stream);
+  }
+  if (error != cudaSuccess) return error;
+  if (step_bucket<Key>(bucket, tables, sets, scalars, launch_on_stream)) {
+    project_bucket<typename Key::Param>(tables.tensors, sets, kPieceBlocks, launch_on_stream);
+  }
   return error;
 }
 
 }  // namespace
 
 const char* step_and_project_cuda(const Bucket& bucket, const DeviceTables& tables,
-                                  const SetTables& sets, void* rows, int device, void* stream) {
+                                  const SetTables& sets, int device, void* stream) {
   const int64_t most_blocks = std::max({bucket.item_count, sets.tile_count, sets.long_row_count});
   if (most_blocks > std::numeric_limits<int32_t>::max()) return kTooManyItems;
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return cudaGetErrorString(guard.error());
   cudaError_t error = cudaSuccess;
   const bool known = dispatch(bucket, [&](auto key) {
-    error = launch_all<decltype(key)>(bucket, tables, sets, rows, static_cast<cudaStream_t>(stream));
+    error = launch_all<decltype(key)>(bucket, tables, sets, static_cast<cudaStream_t>(stream));
   });
   if (!known) return "no kernel for this pair of types and second moment";
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -9,6 +9,7 @@
 #include "bucket.h"
 #include "coupled_rows.h"
 #include "gradient_norm.h"
+#include "launch_params.h"
 #include "step.h"
 
 namespace adamal {
@@ -46,8 +47,8 @@ inline RowTile tile_of(const CoupledRows& rows) {
   };
   const int64_t padded = power_of_two_from(std::max<int64_t>(rows.length, kTileLeaf));
   int64_t count = std::clamp<int64_t>(kElements / padded, 1, kCudaBlockThreads);
-  const bool adjacent = rows.kept_count > 0 && rows.kept_strides[rows.kept_count - 1] == 1 &&
-                        !rows.is_contiguous();
+  const bool adjacent =
+      rows.kept_count > 0 && rows.kept_strides[rows.kept_count - 1] == 1 && !rows.is_contiguous();
   if (adjacent) count = std::max(count, std::min(kAdjacent, kLongestTiledRow / padded));
   count = std::min(count, power_of_two_from(rows.rows));
   const int64_t leaves = padded / kTileLeaf;
@@ -59,10 +60,10 @@ inline RowTile tile_of(const CoupledRows& rows) {
 // What kernels know of a tensor's set.
 struct SetEntry {
   CoupledRows rows;
-  RowTile tile;         // of short rows
-  void* scalars;        // StepScalars<T>: those of this step; zeros, or a rate of 0: none to project
-  SetTerms* sums;       // of each piece of long rows
-  RowSearch* searches;  // of each long row
+  RowTile tile;                  // of short rows
+  const void* scalars;           // StepScalars<T> of this step; a rate of 0 does not project
+  SetTerms* sums;                // of each piece of long rows
+  RowSearch* searches;           // of each long row
   int64_t sizes_come_with_step;  // a long row that is the whole tensor, in the order of memory
 
   ADAMAL_HD bool is_long() const { return rows.length > kLongestTiledRow; }
@@ -73,17 +74,19 @@ inline constexpr int kSearchRounds = 12;
 
 // The tables of a bucket on the device.
 struct SetTables {
-  const SetEntry* entries;   // of each tensor
-  const WorkItem* tiles;     // of short rows: tensor, tile
-  const WorkItem* pieces;    // of long rows: tensor, and piece chunk * rows + row
-  const WorkItem* long_rows; // tensor, row
+  const SetEntry* entries;    // of each tensor
+  const WorkItem* tiles;      // of short rows: tensor, tile
+  const WorkItem* pieces;     // of long rows: tensor, and piece chunk * rows + row
+  const WorkItem* long_rows;  // tensor, row
   int64_t tile_count;
   int64_t piece_count;
   int64_t long_row_count;
   bool has_sizes_to_add;  // long rows whose sizes no step adds
 
-  // Zeros before every step: whether a round has rows to search for, and each tensor's scalars.
+  // Zeros before every step: whether a round has rows to search for, and the scalars, a
+  // DeviceRows<T>; zeros among them, too, of tensors that are not stepped.
   int32_t* is_searching;
+  void* scalars;
   int64_t zeroed_bytes;
 };
 
@@ -130,6 +133,7 @@ class SetWork {
             static_cast<int64_t>(long_rows_.size()),
             has_sizes_to_add_,
             reinterpret_cast<int32_t*>(memory + at.is_searching),
+            memory + at.scalars,
             at.sums - at.is_searching};
   }
 
@@ -138,7 +142,7 @@ class SetWork {
     const Layout at = layout();
     std::vector<SetEntry> entries = entries_;
     for (size_t i = 0; i < entries.size(); ++i) {
-      entries[i].scalars = memory + at.scalars + i * scalars_bytes();
+      entries[i].scalars = scalars_of(memory + at.scalars, i);
       entries[i].sums = reinterpret_cast<SetTerms*>(memory + at.sums) + first_pieces_[i];
       entries[i].searches = reinterpret_cast<RowSearch*>(memory + at.searches) + first_rows_[i];
     }
@@ -164,9 +168,14 @@ class SetWork {
     for (int64_t i = 0; i < count; ++i) items->push_back({tensor, static_cast<uint32_t>(i)});
   }
 
+  bool is_double() const { return kDtypePairs[bucket_.pair].param == Dtype::float64; }
   int64_t scalars_bytes() const {
-    return kDtypePairs[bucket_.pair].param == Dtype::float64 ? sizeof(StepScalars<double>)
-                                                             : sizeof(StepScalars<float>);
+    const auto count = static_cast<int64_t>(entries_.size());
+    return is_double() ? DeviceRows<double>::bytes(count) : DeviceRows<float>::bytes(count);
+  }
+  void* scalars_of(void* memory, size_t tensor) const {
+    if (is_double()) return DeviceRows<double>::at(memory).rows + tensor;
+    return DeviceRows<float>::at(memory).rows + tensor;
   }
 
   Layout layout() const {
@@ -183,7 +192,7 @@ class SetWork {
     at.pieces = take(pieces_.size(), sizeof(WorkItem));
     at.long_rows = take(long_rows_.size(), sizeof(WorkItem));
     at.is_searching = take(kSearchRounds + 1, sizeof(int32_t));
-    at.scalars = take(entries_.size(), scalars_bytes());
+    at.scalars = take(1, scalars_bytes());
     at.sums = take(pieces_.size(), sizeof(SetTerms));
     at.searches = take(long_rows_.size(), sizeof(RowSearch));
     at.end = end;

@@ -57,11 +57,11 @@ const char* step_cuda(const Bucket& bucket, const DeviceTables& tables, void* ro
                       void* stream);
 int64_t device_rows_bytes(const Bucket& bucket);
 
-// The same for a bucket whose sets couple elements, by its tables of set_tables.h: steps and
-// projects.
+// The same for a bucket whose sets couple elements: steps and projects. `sets` are its tables of
+// set_tables.h on the device, with room for its scalars.
 struct SetTables;
 const char* step_and_project_cuda(const Bucket& bucket, const DeviceTables& tables,
-                                  const SetTables& sets, void* rows, int device, void* stream);
+                                  const SetTables& sets, int device, void* stream);
 
 // Enqueues the sum of squares of all gradients into `total`. `scratch` is device memory for a
 // double a work item and a double a tensor. Returns as step_cuda does.

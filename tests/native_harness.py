@@ -187,7 +187,11 @@ def build_harness(
     flags = (*COMMON_FLAGS, *(SANITIZER_FLAGS if sanitize else ()))
     sources = (*HARNESS_SOURCES, csrc / "norm_cpu.cpp", csrc / "step_cpu.cpp")
     digest = hashlib.sha256(repr((compiler, flags)).encode())
-    for path in (*sources, *sorted(HARNESS_SOURCES[0].parent.glob("*.h")), *sorted(csrc.glob("*.h"))):
+    for path in (
+        *sources,
+        *sorted(HARNESS_SOURCES[0].parent.glob("*.h")),
+        *sorted(csrc.glob("*.h")),
+    ):
         digest.update(path.read_bytes())
     executable = build_dir / f"harness-{digest.hexdigest()[:16]}"
     if not executable.exists():

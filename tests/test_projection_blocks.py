@@ -116,7 +116,9 @@ def bucket(
         tensor = make_tensor(rng, case, numel, extreme=False, row=i % len(SCALARS))
         if i % 4 == 3 and numel > 1:
             param = as_tensor(tensor.param, dtype)
-            param[torch.from_numpy(rng.choice(numel, 2))] = torch.tensor([math.nan, math.inf]).to(dtype)
+            param[torch.from_numpy(rng.choice(numel, 2))] = torch.tensor([math.nan, math.inf]).to(
+                dtype
+            )
             tensor.param = as_array(param)
         streams = ("param", "exp_avg_sq", "max_exp_avg_sq")
         tensor.misaligned = {name: i % 3 for name in streams[: 1 + i % 2]}

@@ -75,32 +75,24 @@ bool run_kernel(const Kernel& kernel, int64_t blocks, std::mt19937_64& random) {
 }
 
 template <typename Key>
-void run_steps(OwnedBucket& bucket, const SetTables& tables, std::mt19937_64& random) {
+void run_all(OwnedBucket& bucket, const SetTables& sets, std::mt19937_64& random) {
   using T = ComputeType<typename Key::Param>;
-  const auto launch_with = [&](const auto& params, int64_t blocks) {
-    using Params = std::decay_t<decltype(params)>;
-    using Kernel = StepBlock<Key::kSecondMoment, typename Key::Param, typename Key::Grad, Params>;
-    run_kernel(Kernel{params, tables.entries}, blocks, random);
+  const DeviceTables tables{bucket.tensors.data(), bucket.items.data(), nullptr};
+  const auto scalars = DeviceRows<T>::at(sets.scalars);
+  const auto launch = [&](const auto& kernel, int64_t blocks) {
+    return run_kernel(kernel, blocks, random);
   };
   if (bucket.view.device == nullptr) {
-    LaunchSplitter<T> splitter(bucket.view, bucket.tensors.data(), bucket.items.data());
-    SmallLaunchParams<T> params;
-    while (splitter.next(&params)) launch_with(params, splitter.block_count());
-    return;
+    store_scalars(bucket.view, tables, scalars, launch);
+  } else {
+    SmallDeriveParams<T> derive;
+    DeriveSplitter<T> derivations(bucket.view, scalars);
+    while (derivations.next(&derive)) {
+      for (const uint32_t slot : shuffled(derive.tensor_count, random)) derive_thread(derive, slot);
+    }
   }
-  std::vector<char> rows(DeviceRows<T>::bytes(bucket.view.tensor_count));
-  SmallDeviceLaunchParams<T> params;
-  params.scalars = DeviceRows<T>::at(rows.data());
-  SmallDeriveParams<T> derive;
-  DeriveSplitter<T> derivations(bucket.view, params.scalars);
-  while (derivations.next(&derive)) {
-    for (const uint32_t slot : shuffled(derive.tensor_count, random)) derive_thread(derive, slot);
-  }
-  GradientSplitter<T> splitter(bucket.view);
-  while (splitter.next(params.kTensorCapacity)) {
-    splitter.fill(bucket.tensors.data(), bucket.items.data(), &params);
-    launch_with(params, splitter.block_count());
-  }
+  step_bucket<Key>(bucket.view, tables, sets, scalars, launch);
+  project_bucket<typename Key::Param>(tables.tensors, sets, kPieceBlocks, launch);
 }
 
 }  // namespace
@@ -128,13 +120,7 @@ void run_project_cuda(OwnedBucket& bucket, Input& input, Output& output) {
   std::copy(image.begin(), image.end(), memory.begin());
   const SetTables tables = work.tables_at(memory.data());
   std::memset(tables.is_searching, 0, tables.zeroed_bytes);
-  dispatch(bucket.view, [&](auto key) {
-    using Key = decltype(key);
-    run_steps<Key>(bucket, tables, random);
-    project_bucket<typename Key::Param>(
-        bucket.tensors.data(), tables, kPieceBlocks,
-        [&](const auto& kernel, int64_t blocks) { return run_kernel(kernel, blocks, random); });
-  });
+  dispatch(bucket.view, [&](auto key) { run_all<decltype(key)>(bucket, tables, random); });
   for (const auto& row : multipliers) output.array(row);
   if (device.has_value()) device->write(output);
   bucket.write(output);
