@@ -48,4 +48,48 @@ struct CoupledRows {
   }
 };
 
+inline bool operator==(const CoupledRows& a, const CoupledRows& b) {
+  const auto same = [](int count, const int64_t* first, const int64_t* second) {
+    for (int i = 0; i < count; ++i) {
+      if (first[i] != second[i]) return false;
+    }
+    return true;
+  };
+  return a.set.kind == b.set.kind && a.set.size == b.set.size &&
+         a.set.tolerance == b.set.tolerance && a.kept_count == b.kept_count &&
+         a.reduced_count == b.reduced_count && same(a.kept_count, a.kept_sizes, b.kept_sizes) &&
+         same(a.kept_count, a.kept_strides, b.kept_strides) &&
+         same(a.reduced_count, a.reduced_sizes, b.reduced_sizes) &&
+         same(a.reduced_count, a.reduced_strides, b.reduced_strides);
+}
+
+// Whether every element of a dense tensor belongs to one row, and the rows are numbered in the
+// order of their first elements.
+inline bool covers(const CoupledRows& rows, int64_t numel) {
+  if (rows.rows < 0 || rows.length < 0) return false;
+  if (numel == 0) return rows.rows == 0 || rows.length == 0;
+  // The digits of both numbers, from the fastest on, must be those of an address.
+  int kept = rows.kept_count - 1, reduced = rows.reduced_count - 1;
+  int64_t stride = 1, kept_elements = 1, reduced_elements = 1;
+  const auto take = [&](const int64_t* sizes, const int64_t* strides, int* digit,
+                        int64_t* elements) {
+    const int i = *digit;
+    if (i < 0 || sizes[i] < 1 || (sizes[i] != 1 && strides[i] != stride) ||
+        sizes[i] > numel / stride) {
+      return false;
+    }
+    stride *= sizes[i];
+    *elements *= sizes[i];
+    --*digit;
+    return true;
+  };
+  while (kept >= 0 || reduced >= 0) {
+    if (!take(rows.reduced_sizes, rows.reduced_strides, &reduced, &reduced_elements) &&
+        !take(rows.kept_sizes, rows.kept_strides, &kept, &kept_elements)) {
+      return false;
+    }
+  }
+  return stride == numel && kept_elements == rows.rows && reduced_elements == rows.length;
+}
+
 }  // namespace adamal

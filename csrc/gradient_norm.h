@@ -18,6 +18,12 @@ template <typename T>
 inline constexpr int kNormChunk = 8192 / int(sizeof(T));
 inline constexpr int kNormLanes = 256;
 
+inline int64_t power_of_two_from(int64_t count) {
+  int64_t power = 1;
+  while (power < count) power *= 2;
+  return power;
+}
+
 // A gradient's square in float64; T is the compute type.
 template <typename T, typename Grad>
 ADAMAL_HD inline double square_of(Grad grad) {

@@ -40,11 +40,6 @@ struct RowTile {
 inline RowTile tile_of(const CoupledRows& rows) {
   constexpr int64_t kElements = 4096;  // 16 a thread, unless a row has more
   constexpr int64_t kAdjacent = 8;     // rows that fill a sector of 32 bytes
-  const auto power_of_two_from = [](int64_t least) {
-    int64_t power = 1;
-    while (power < least) power *= 2;
-    return power;
-  };
   const int64_t padded = power_of_two_from(std::max<int64_t>(rows.length, kTileLeaf));
   int64_t count = std::clamp<int64_t>(kElements / padded, 1, kCudaBlockThreads);
   const bool adjacent =

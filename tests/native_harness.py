@@ -62,7 +62,9 @@ class Command(IntEnum):
     STEP_ON_DEVICE = 6
     NORM_CPU = 7
     NORM_CUDA = 8
-    PROJECT_CUDA = 9
+    PROJECT_SERIALLY = 9
+    PROJECT_CPU = 10
+    PROJECT_CUDA = 11
 
 
 @dataclass
@@ -145,8 +147,8 @@ class ProjectResult:
 
     tensors: list[TensorCase]
     multipliers: list[Array]
-    counts: Array | None
-    """None where the scalars were the host's."""
+    counts: Array | None = None
+    """Of the steps taken, where the scalars were the device's."""
 
 
 @dataclass
@@ -185,7 +187,8 @@ def build_harness(
     """
     compiler = os.environ.get("CXX", "g++")
     flags = (*COMMON_FLAGS, *(SANITIZER_FLAGS if sanitize else ()))
-    sources = (*HARNESS_SOURCES, csrc / "norm_cpu.cpp", csrc / "step_cpu.cpp")
+    kernels = ("norm_cpu.cpp", "projection_cpu.cpp", "step_cpu.cpp")
+    sources = (*HARNESS_SOURCES, *(csrc / name for name in kernels))
     digest = hashlib.sha256(repr((compiler, flags)).encode())
     for path in (
         *sources,
@@ -293,6 +296,24 @@ class Harness:
         for case in cases:
             counts = taken.integers(2) if command == Command.STEP_CUDA else [0, 0]
             results.append(StepResult(taken.tensors(case), *counts))
+        assert taken.offset == len(output)
+        return results
+
+    def project(
+        self, command: Command, cases: Sequence[StepCase], sets: Sequence[Sequence[SetCase]]
+    ) -> list[ProjectResult]:
+        """Step and project every case, a set a tensor: by threads' shares, or serially."""
+        payload = b"".join(
+            part
+            for case, of_case in zip(cases, sets, strict=True)
+            for part in (*_step_input(command, case), *map(_set_input, of_case))
+        )
+        output = self._run(payload)
+        taken = _Taken(output)
+        results = []
+        for case, of_case in zip(cases, sets, strict=True):
+            multipliers = [taken.array(np.dtype(np.float64), each.rows.rows) for each in of_case]
+            results.append(ProjectResult(taken.tensors(case), multipliers))
         assert taken.offset == len(output)
         return results
 

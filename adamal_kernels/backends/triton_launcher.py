@@ -82,7 +82,7 @@ class Launcher:
         """Take over the tables of the next steps.
 
         Args:
-            entries: int64 ``[tensor, 5]``, rows of :class:`.TensorEntry`.
+            entries: int64 ``[tensor, 6]``, rows of :class:`.TensorEntry`.
             aligned: int32 ``[item, 2]``, a tensor and its block, of the tensors all of whose
                 streams, gradients included, start at multiples of 16 bytes.
             others: the same of the other tensors.

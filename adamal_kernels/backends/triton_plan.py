@@ -30,6 +30,7 @@ class TensorEntry(NamedTuple):
     exp_avg_sq: int
     max_exp_avg_sq: int
     numel: int
+    multipliers: int = 0
 
 
 class ScalarSource(NamedTuple):

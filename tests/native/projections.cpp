@@ -10,6 +10,7 @@
 
 #include "launch_params.h"
 #include "owned_device.h"
+#include "owned_sets.h"
 #include "projection_blocks.h"
 #include "set_tables.h"
 #include "shuffled.h"
@@ -20,26 +21,6 @@ namespace {
 constexpr int kGarbage = 0xa5;
 // Fewer than a bucket's pieces, so that blocks take several.
 constexpr int64_t kPieceBlocks = 3;
-
-CoupledRows read_rows(Input& input) {
-  CoupledRows rows{};
-  rows.set.kind = static_cast<SetKind>(input.integer());
-  rows.set.size = input.array<double>(1)[0];
-  rows.set.tolerance = input.array<double>(1)[0];
-  const auto read_runs = [&](int32_t* count, int64_t* sizes, int64_t* strides) {
-    int64_t product = 1;
-    *count = static_cast<int32_t>(input.integer());
-    for (int32_t i = 0; i < *count; ++i) {
-      sizes[i] = input.integer();
-      strides[i] = input.integer();
-      product *= sizes[i];
-    }
-    return product;
-  };
-  rows.rows = read_runs(&rows.kept_count, rows.kept_sizes, rows.kept_strides);
-  rows.length = read_runs(&rows.reduced_count, rows.reduced_sizes, rows.reduced_strides);
-  return rows;
-}
 
 // All threads of a block, in an order of its own in each phase.
 class HostBlock {
@@ -99,14 +80,7 @@ void run_all(OwnedBucket& bucket, const SetTables& sets, std::mt19937_64& random
 
 void run_project_cuda(OwnedBucket& bucket, Input& input, Output& output) {
   std::mt19937_64 random(bucket.seed);
-  std::vector<CoupledRows> sets;
-  std::vector<std::vector<double>> multipliers;
-  for (TensorEntry& tensor : bucket.tensors) {
-    sets.push_back(read_rows(input));
-    multipliers.push_back(input.array<double>(sets.back().rows));
-    tensor.multipliers = multipliers.back().data();
-  }
-  bucket.view.sets = sets.data();
+  const OwnedSets sets(input, bucket);
   std::optional<OwnedDevice> device;
   if (input.integer() != 0) {
     device.emplace(input, bucket.view.tensor_count);
@@ -121,7 +95,7 @@ void run_project_cuda(OwnedBucket& bucket, Input& input, Output& output) {
   const SetTables tables = work.tables_at(memory.data());
   std::memset(tables.is_searching, 0, tables.zeroed_bytes);
   dispatch(bucket.view, [&](auto key) { run_all<decltype(key)>(bucket, tables, random); });
-  for (const auto& row : multipliers) output.array(row);
+  sets.write(output);
   if (device.has_value()) device->write(output);
   bucket.write(output);
 }
