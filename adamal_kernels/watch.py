@@ -187,9 +187,10 @@ def _boundary_fractions(
                 param, projection.reduced_dims(param.dim())
             ):
                 # Each process has a part of every row, whose size it cannot tell.
-                multiplier = local_part(state[param][MULTIPLIER]) if state.get(param) else None
+                multiplier = state.get(param, {}).get(MULTIPLIER)
                 if multiplier is None:
                     continue
+                multiplier = local_part(multiplier)
             on_boundary = projection.on_boundary(part, multiplier)
             counts[param] = on_boundary.expand_as(part).sum().reshape(1)
     for param, count in _on_host(counts).items():
