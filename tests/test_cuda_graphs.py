@@ -125,8 +125,6 @@ def test_replays_step_by_what_is_there_then(
 
 @pytest.mark.parametrize("projection", [L2Ball(3.0), L1Ball(3.0), Simplex(2.0)], ids=repr)
 def test_replays_search_for_their_own_multipliers(place: Place, projection: Projection) -> None:
-    if place.backend != "cuda":
-        pytest.skip("the sets' kernels are those of CUDA")
     runs = [
         Run(place.device, backend, None, True, projection) for backend in (place.backend, "foreach")
     ]
