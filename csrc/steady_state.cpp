@@ -186,7 +186,8 @@ void SteadyState::clear() {
   groups_.clear();
 }
 
-bool SteadyState::bind(const py::handle& state) {
+bool SteadyState::bind(const py::handle& state,
+                       const std::vector<std::vector<at::Tensor>>& records) {
   for (const Member& member : members_) {
     const bool is_inference = THPVariable_Unpack(member.param).is_inference();
     if (member.key_set.has(c10::DispatchKey::Python) || is_inference) return false;
@@ -209,7 +210,9 @@ bool SteadyState::bind(const py::handle& state) {
     ++bound;
   }
   if (bound != members_.size()) return false;
-  for (size_t i = 0; i < plans_.size(); ++i) plans_[i].plan->bind(entries[i], plans_[i].sets);
+  for (size_t i = 0; i < plans_.size(); ++i) {
+    plans_[i].plan->bind(entries[i], plans_[i].sets, records.at(i));
+  }
   for (PlanStep& step : plans_) step.plan->prepare();
   return true;
 }
