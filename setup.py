@@ -55,6 +55,7 @@ SOURCES = {
         "csrc/projection_cuda.cu",
         "csrc/scalars_cuda.cu",
         "csrc/step_cuda.cu",
+        "csrc/watched_step_cuda.cu",
     ],
 }
 # What each backend consists of: the steps on CUDA are planned by _C.

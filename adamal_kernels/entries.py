@@ -23,6 +23,7 @@ from .distributed import (
     mesh_and_placements,
     moment_like,
     multiplier_like,
+    placed_as,
     splits_rows,
 )
 from .dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
@@ -473,21 +474,18 @@ def _place_multiplier(held: dict[str, Any], entry: Entry, coupled: CoupledSet) -
 
     One of another shape is that of a set the group had before: the search starts anew.
     """
-    found = held.get(MULTIPLIER)
     wanted = multiplier_like(entry.owner, coupled)
-    if (
-        found is not None
-        and found.shape == wanted.shape
-        and is_sharded(found) == is_sharded(wanted)
-    ):
-        part, wanted_part = local_part(found), local_part(wanted)
-        if (
-            part.shape == wanted_part.shape
-            and part.dtype == wanted_part.dtype
-            and part.device == wanted_part.device
-            and same_layout(part, wanted_part)
-        ):
-            return
-        if part.shape == wanted_part.shape:
-            wanted_part.copy_(part)
+    found = held.get(MULTIPLIER)
     held[MULTIPLIER] = wanted
+    if found is None or found.shape != wanted.shape:
+        return
+    placed = placed_as(wanted, found, f"state[{MULTIPLIER!r}] of {entry.where}")
+    part, wanted_part = local_part(placed), local_part(wanted)
+    if (
+        part.dtype == wanted_part.dtype
+        and part.device == wanted_part.device
+        and same_layout(part, wanted_part)
+    ):
+        held[MULTIPLIER] = placed
+    else:
+        wanted_part.copy_(part)

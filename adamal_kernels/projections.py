@@ -57,6 +57,17 @@ class Projection:
         """
         raise NotImplementedError
 
+    def on_boundary(self, param: Tensor) -> Tensor | None:
+        """Return which elements of a parameter lie on the set's boundary.
+
+        Args:
+            param: in the set, as a step leaves it.
+
+        Returns:
+            A boolean tensor of the same shape; None for a set of which it is not told by element.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class Box(Projection):
@@ -117,6 +128,10 @@ class Box(Projection):
             )
         return lower, upper
 
+    def on_boundary(self, param: Tensor) -> Tensor:
+        """See :meth:`Projection.on_boundary`."""
+        return _at_bounds(param, *self.bounds(param.dtype))
+
 
 @dataclass(frozen=True)
 class NonNegative(Projection):
@@ -131,6 +146,15 @@ class NonNegative(Projection):
     def bounds(self, dtype: torch.dtype) -> tuple[float, float]:
         """See :meth:`Projection.bounds`."""
         return 0.0, math.inf
+
+    def on_boundary(self, param: Tensor) -> Tensor:
+        """See :meth:`Projection.on_boundary`."""
+        return _at_bounds(param, *self.bounds(param.dtype))
+
+
+def _at_bounds(param: Tensor, lower: float, upper: float) -> Tensor:
+    """Return which elements equal a bound, as a clamp leaves them; one at infinity is none."""
+    return ((param == lower) | (param == upper)) & param.isfinite()
 
 
 def _round_up(value: float, dtype: torch.dtype) -> float:

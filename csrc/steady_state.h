@@ -43,8 +43,9 @@ class SteadyState {
               std::shared_ptr<ShardedClass> sharded, std::vector<std::vector<CoupledRows>> sets);
 
   // Hands the plans the tensors' addresses; false if some tensor is no ordinary one: then this
-  // cannot be used. To be called once, before the first step.
-  bool bind(const pybind11::handle& state);
+  // cannot be used. To be called once, before the first step. `records` are, for each plan, those
+  // of its parameters' items; empty where steps are not watched.
+  bool bind(const pybind11::handle& state, const std::vector<std::vector<at::Tensor>>& records);
 
   // What the caller knows of the gradients; the twin of hyperparameters.StepInputs.
   struct Inputs {
@@ -123,6 +124,8 @@ class SteadyState {
     // By slot, if the sets couple elements: the sets, and the sizes and strides they are for.
     std::vector<CoupledRows> sets;
     std::vector<std::vector<int64_t>> layouts;
+    bool has_sets;
+    int more_keys;      // of a parameter's state than every one has, as bits
     int state_tensors;  // of a parameter
     bool on_device;
     bool host_counts;  // else they are not read: that would be to wait for the device

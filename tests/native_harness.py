@@ -62,9 +62,12 @@ class Command(IntEnum):
     STEP_ON_DEVICE = 6
     NORM_CPU = 7
     NORM_CUDA = 8
-    PROJECT_SERIALLY = 9
-    PROJECT_CPU = 10
-    PROJECT_CUDA = 11
+    WATCHED_CPU = 9
+    WATCHED_CUDA = 10
+    WATCHED_ON_DEVICE = 11
+    PROJECT_SERIALLY = 12
+    PROJECT_CPU = 13
+    PROJECT_CUDA = 14
 
 
 @dataclass
@@ -283,6 +286,24 @@ class Harness:
             results.append(DeviceResult(taken.tensors(case), counts, skipped))
         return results
 
+    def watched(
+        self, command: Command, cases: Sequence[StepCase], records: Sequence[Sequence[Array]]
+    ) -> list[tuple[list[Array], list[TensorCase]]]:
+        """Step every case, and return its records, int64 ``[item, word]`` a tensor, and tensors.
+
+        ``records[i]`` are those that case ``i`` begins with. ``WATCHED_ON_DEVICE`` has the CUDA
+        walk find its scalars where the device would have derived them.
+        """
+        payload = b""
+        for case, of_case in zip(cases, records, strict=True):
+            payload += b"".join(_step_input(command, case))
+            payload += b"".join(array.tobytes() for array in of_case)
+        taken = _Taken(self._run(payload))
+        return [
+            ([taken.like(array) for array in of_case], taken.tensors(case))
+            for case, of_case in zip(cases, records, strict=True)
+        ]
+
     def squared_norms(self, command: Command, cases: Sequence[StepCase]) -> list[Array]:
         """Return the sum of squares of each tensor's gradient of each case."""
         output = self._run(b"".join(part for case in cases for part in _step_input(command, case)))
@@ -322,14 +343,20 @@ class Harness:
         cases: Sequence[StepCase],
         sets: Sequence[Sequence[SetCase]],
         devices: Sequence[DeviceCase | None],
+        *,
+        step_adds_sizes: bool = True,
     ) -> list[ProjectResult]:
-        """Step and project every case by the CUDA kernels; a set a tensor."""
+        """Step and project every case by the CUDA kernels; a set a tensor.
+
+        Without ``step_adds_sizes`` the sizes of whole tensors are added after the step, as after
+        one that is watched.
+        """
         payload = b""
         for case, of_case, device in zip(cases, sets, devices, strict=True):
             payload += b"".join(_step_input(Command.PROJECT_CUDA, case))
             for each in of_case:
                 payload += _set_input(each)
-            payload += _integers(device is not None)
+            payload += _integers(step_adds_sizes, device is not None)
             payload += b"" if device is None else _device_input(device)
         output = self._run(payload)
         taken = _Taken(output)
@@ -370,6 +397,10 @@ class _Taken:
     def integers(self, count: int) -> list[int]:
         """Return the next integers."""
         return self.array(np.dtype(np.int64), count).tolist()
+
+    def like(self, array: Array) -> Array:
+        """Return the next array of the type and shape of ``array``."""
+        return self.array(array.dtype, array.size).reshape(array.shape)
 
     def tensors(self, case: StepCase) -> list[TensorCase]:
         """Return the tensors of a case as the step left them."""

@@ -434,3 +434,69 @@ class TestRefusals:
         param = torch.zeros((2,) * 10, requires_grad=True)
         with pytest.raises(NotImplementedError, match="reshape"):
             AdamAL([param], projection=L2Ball(1.0, dim=(0, 2, 4, 6, 8)))
+
+
+@pytest.mark.parametrize("projection", [L2Ball(1.0), L1Ball(1.0), Simplex(1.0)], ids=repr)
+def test_it_stays_at_a_solution_on_the_boundary(place: Place, projection: CoupledSet) -> None:
+    """There the gradient is normal to the set; the Euclidean projection would move away."""
+    curvature = torch.tensor([100.0, 10.0, 1.0, 0.1], dtype=torch.float64)
+    target = torch.tensor([0.5, 1.0, -1.5, 3.0], dtype=torch.float64)
+    solution = torch.from_numpy(nearest_point(target.numpy(), curvature.numpy(), projection))
+    param = solution.clone().to(place.device).requires_grad_()
+    optimizer = AdamAL([param], lr=0.01, projection=projection, backend=place.backend)
+    for _ in range(50):
+        param.grad = (curvature * (param.detach().cpu() - target)).to(place.device)
+        optimizer.step()
+        torch.testing.assert_close(param.detach().cpu(), solution, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        param.fill_(-0.2)
+    for _ in range(800):
+        param.grad = (curvature * (param.detach().cpu() - target)).to(place.device)
+        optimizer.step()
+    torch.testing.assert_close(param.detach().cpu(), solution, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["in backward", "compiled"])
+def test_other_ways_to_step_give_the_same_bits(place: Place, way: str) -> None:
+    torch.manual_seed(0)
+    projection = L2Ball(0.7, dim=-1)
+    models = [torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)]
+    models[1].load_state_dict(models[0].state_dict())
+    plain, other = (
+        AdamAL(
+            model.to(place.device).parameters(),
+            lr=0.1,
+            maximize=True,
+            projection=projection,
+            backend=place.backend,
+        )
+        for model in models
+    )
+    step = torch.compile(other.step, backend="eager") if way == "compiled" else other.step
+    if way == "in backward":
+        other.step_in_backward()
+    for _ in range(3):
+        batch = torch.randn(4, 5, device=place.device)
+        for model, optimizer in zip(models, (plain, other), strict=True):
+            optimizer.zero_grad()
+            model(batch).square().sum().backward()
+        plain.step()
+        if way == "compiled":
+            step()
+    assert (plain.state[models[0].weight]["multiplier"] > 0).any()
+    for first, second in zip(*(model.parameters() for model in models), strict=True):
+        assert same_bits(first, second)
+        held, expected = other.state[second], plain.state[first]
+        assert [key for key in expected if not same_bits(held[key], expected[key])] == []
+
+
+def test_a_second_step_is_not_checked_in_python(place: Place) -> None:
+    """The steady state takes sets, and sees a multiplier that was replaced."""
+    _, held, optimizer = run(place, "rows", L2Ball(0.7, dim=1), torch.float32)
+    steady = optimizer._plan._steady_state
+    assert (steady is not None) == (place.backend not in ("reference", "foreach"))
+    param = optimizer.param_groups[0]["params"][0]
+    held["multiplier"] = held["multiplier"].clone()
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert steady is None or optimizer._plan._steady_state is not steady

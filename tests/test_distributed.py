@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import distributed_cases
+import coupled_distributed_cases
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,7 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_world(size: int, folder: Path) -> Outcomes:
     """Run all cases in a world of its own; return what each raised on each rank."""
     ranks = [
-        CONTEXT.Process(target=distributed_cases.run, args=(rank, size, folder), daemon=True)
+        CONTEXT.Process(
+            target=coupled_distributed_cases.run, args=(rank, size, folder), daemon=True
+        )
         for rank in range(size)
     ]
     for rank in ranks:
