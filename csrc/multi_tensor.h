@@ -262,7 +262,7 @@ ADAMAL_HD ADAMAL_INLINE void step_chunk(const Chunk& chunk, const StepScalars<T>
 // Resident blocks a multiprocessor must hold, which caps the registers: without it ptxas aims at 64
 // registers and spills, with one more block as well. float64 and a third moment need more of them.
 template <SecondMoment kSecondMoment, typename T>
-inline constexpr int kResidentBlocks =
+inline constexpr int kStepResidentBlocks =
     sizeof(T) == sizeof(double) || kSecondMoment == SecondMoment::amsgrad ? 2 : 3;
 
 // One thread of one block of a launch; LaunchParams is in launch_params.h.

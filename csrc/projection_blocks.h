@@ -212,22 +212,18 @@ template <SecondMoment kSecondMoment, typename Param, typename Grad>
 struct StepBlock {
   using T = ComputeType<Param>;
   static_assert(kNormChunk<T> == kCudaChunk<T>);
-  static constexpr int kResident = kResidentBlocks<kSecondMoment, T>;
+  static constexpr int kResident = kStepResidentBlocks<kSecondMoment, T>;
   struct Shared {
     double leaves[kCudaBlockThreads];
   };
 
   SmallDeviceLaunchParams<T> params;
   const SetEntry* sets;
-  bool has_stepped;  // by another kernel: what is left are the sizes
 
   template <typename Block>
   ADAMAL_HD ADAMAL_INLINE void operator()(const Block& block, Shared& shared) const {
     const int64_t index = block.index();
-    if (!has_stepped) {
-      block.phase(
-          [&](int thread) { step_block<kSecondMoment, Param, Grad>(params, index, thread); });
-    }
+    block.phase([&](int thread) { step_block<kSecondMoment, Param, Grad>(params, index, thread); });
     const WorkItem item = params.items[index];
     const SetEntry& entry = sets[item.tensor];
     // Zeros where nothing was stepped, too.
@@ -372,7 +368,7 @@ ADAMAL_HD ADAMAL_INLINE void add_row(const Block& block, const SetEntry& entry, 
   add_leaves(block, lanes, 1, kNormLanes);
 }
 
-// The sizes of long rows that are not whole tensors.
+// The sizes of long rows that the step has not added.
 template <typename Param>
 struct AddSizes : LongRows {
   using T = ComputeType<Param>;
@@ -381,12 +377,15 @@ struct AddSizes : LongRows {
     SetTerms leaves[kCudaBlockThreads];
   };
 
+  bool step_added_some;
+
   template <typename Block>
   ADAMAL_HD ADAMAL_INLINE void operator()(const Block& block, Shared& shared) const {
     for (int64_t i = block.index(); i < piece_count; i += block.count()) {
       const WorkItem item = pieces[i];
       const SetEntry& entry = sets[item.tensor];
-      if (entry.sizes_come_with_step || !projects(scalars_of<T>(entry))) continue;
+      if ((step_added_some && entry.sizes_come_with_step) || !projects(scalars_of<T>(entry)))
+        continue;
       add_piece<Param>(block, entry, tensors[item.tensor], item.chunk, shared.leaves,
                        [](const SteppedRow<Param>& row, int64_t first) {
                          return SetTerms{row.template size_of_leaf<kPieceLeaf<T>>(first), 0};
@@ -567,7 +566,6 @@ bool step_bucket(const Bucket& bucket, const DeviceTables& tables, const SetTabl
   StepBlock<Key::kSecondMoment, typename Key::Param, typename Key::Grad> kernel;
   kernel.params.scalars = scalars;
   kernel.sets = sets.entries;
-  kernel.has_stepped = bucket.records != nullptr;
   while (splitter.next(kernel.params.kTensorCapacity)) {
     splitter.fill(tables.tensors, tables.items, &kernel.params);
     if (!launch(kernel, splitter.block_count())) return false;
@@ -576,9 +574,10 @@ bool step_bucket(const Bucket& bucket, const DeviceTables& tables, const SetTabl
 }
 
 // The same for what follows the step, in order. At most `piece_blocks` share the pieces.
+// `step_added_some`: whether it was that of step_bucket.
 template <typename Param, typename Launch>
 bool project_bucket(const TensorEntry* tensors, const SetTables& tables, int64_t piece_blocks,
-                    const Launch& launch) {
+                    bool step_added_some, const Launch& launch) {
   using T = ComputeType<Param>;
   if (tables.tile_count > 0 &&
       !launch(ProjectTile<Param>{tensors, tables.entries, tables.tiles}, tables.tile_count)) {
@@ -589,7 +588,10 @@ bool project_bucket(const TensorEntry* tensors, const SetTables& tables, int64_t
                       tables.long_rows, tables.is_searching};
   const int64_t over_pieces = min_of(tables.piece_count, piece_blocks);
   const int64_t over_rows = tables.long_row_count;
-  if (tables.has_sizes_to_add && !launch(AddSizes<Param>{rows}, over_pieces)) return false;
+  if ((tables.has_sizes_to_add || !step_added_some) &&
+      !launch(AddSizes<Param>{{rows}, step_added_some}, over_pieces)) {
+    return false;
+  }
   if (!launch(BeginSearches<T>{rows}, over_rows)) return false;
   for (int32_t round = 0; round < kSearchRounds; ++round) {
     if (!launch(Evaluate<Param>{{rows}, round}, over_pieces)) return false;

@@ -11,7 +11,6 @@
 #include "scalars_cuda.h"
 #include "set_tables.h"
 #include "step.h"
-#include "watched_step_cuda.h"
 
 namespace adamal {
 namespace {
@@ -45,29 +44,32 @@ cudaError_t launch(const Kernel& kernel, int64_t blocks, cudaStream_t stream) {
 
 // The scalars, the step by them, and the kernels that project what it has stored.
 template <typename Key>
-cudaError_t launch_all(const Bucket& bucket, const DeviceTables& tables, const SetTables& sets,
-                       cudaStream_t stream) {
+const char* launch_all(const Bucket& bucket, const DeviceTables& tables, const SetTables& sets,
+                       int device, cudaStream_t stream) {
   using T = ComputeType<typename Key::Param>;
   const auto scalars = DeviceRows<T>::at(sets.scalars);
   cudaError_t error = cudaMemsetAsync(sets.is_searching, 0, sets.zeroed_bytes, stream);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
   const auto launch_on_stream = [&](const auto& kernel, int64_t blocks) {
     error = launch(kernel, blocks, stream);
     return error == cudaSuccess;
   };
-  if (error != cudaSuccess) return error;
-  if (bucket.device == nullptr) {
-    store_scalars(bucket, tables, scalars, launch_on_stream);
+  if (bucket.device == nullptr) store_scalars(bucket, tables, scalars, launch_on_stream);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (bucket.records != nullptr) {
+    const char* failure = watched_step_cuda(bucket, tables, sets.scalars, device, stream);
+    if (failure != nullptr) return failure;
   } else {
-    error = derive_scalars_cuda(bucket, scalars, stream);
+    if (bucket.device != nullptr) error = derive_scalars_cuda(bucket, scalars, stream);
+    if (error == cudaSuccess) {
+      step_bucket<Key>(bucket, tables, sets, scalars, launch_on_stream);
+    }
   }
-  if (error == cudaSuccess && bucket.records != nullptr) {
-    error = watched_step_by_rows_cuda(bucket, tables, sets.scalars, stream);
+  if (error == cudaSuccess) {
+    project_bucket<typename Key::Param>(tables.tensors, sets, kPieceBlocks,
+                                        bucket.records == nullptr, launch_on_stream);
   }
-  if (error != cudaSuccess) return error;
-  if (step_bucket<Key>(bucket, tables, sets, scalars, launch_on_stream)) {
-    project_bucket<typename Key::Param>(tables.tensors, sets, kPieceBlocks, launch_on_stream);
-  }
-  return error;
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace
@@ -78,12 +80,12 @@ const char* step_and_project_cuda(const Bucket& bucket, const DeviceTables& tabl
   if (most_blocks > std::numeric_limits<int32_t>::max()) return kTooManyItems;
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return cudaGetErrorString(guard.error());
-  cudaError_t error = cudaSuccess;
+  const char* failure = nullptr;
   const bool known = dispatch(bucket, [&](auto key) {
-    error = launch_all<decltype(key)>(bucket, tables, sets, static_cast<cudaStream_t>(stream));
+    failure =
+        launch_all<decltype(key)>(bucket, tables, sets, device, static_cast<cudaStream_t>(stream));
   });
-  if (!known) return "no kernel for this pair of types and second moment";
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return known ? failure : "no kernel for this pair of types and second moment";
 }
 
 }  // namespace adamal

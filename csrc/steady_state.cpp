@@ -133,8 +133,10 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
     step.on_device = on_device.at(i);
     step.host_counts = step.steps.is_cpu();
     step.sets = std::move(sets.at(i));
-    step.state_tensors = 3 + (step.plan->second_moment() == SecondMoment::amsgrad) +
-                         static_cast<int>(!step.sets.empty());
+    step.has_sets = !step.sets.empty();
+    const bool amsgrad = step.plan->second_moment() == SecondMoment::amsgrad;
+    step.more_keys = amsgrad << StateKeys::max_exp_avg_sq | step.has_sets << StateKeys::multiplier;
+    step.state_tensors = 3 + amsgrad + step.has_sets;
   }
 
   std::unordered_map<PyObject*, int64_t> member_of;
@@ -152,7 +154,7 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
                           static_cast<uint32_t>(step.grads.size()),
                           static_cast<uint32_t>(found->options), tensor.is_complex(), is_sharded,
                           tensor.key_set()});
-      if (!step.sets.empty()) {
+      if (step.has_sets) {
         TORCH_CHECK(!is_sharded, "a set whose elements are spread over processes is not bound");
         step.layouts.push_back(layout_of(*tensor.unsafeGetTensorImpl()));
       }
@@ -165,7 +167,7 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
     TORCH_CHECK(step.steps.device() == device && step.steps.is_contiguous() &&
                     step.steps.numel() == static_cast<int64_t>(step.grads.size()),
                 "steps must be one float32 for each parameter of a plan, on ", device);
-    TORCH_CHECK(step.sets.empty() || step.sets.size() == step.grads.size(), "a plan of ",
+    TORCH_CHECK(!step.has_sets || step.sets.size() == step.grads.size(), "a plan of ",
                 step.grads.size(), " parameters has ", step.sets.size(), " sets");
   }
   last_rows_.resize(groups_.options().size());
@@ -411,7 +413,7 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
   }
   const ParamLayout layout(param);
   if (!layout.has_memory(param, param_type.bytes)) return false;
-  if (!step.sets.empty() && !has_layout(param, step.layouts[member.slot])) return false;
+  if (step.has_sets && !has_layout(param, step.layouts[member.slot])) return false;
   *entry = {layout.mutable_address(param, param_type.bytes),
             nullptr,
             nullptr,
@@ -427,17 +429,13 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
 
   if (!PyDict_CheckExact(values)) return false;
   const StateKeys& keys = state_keys();
-  const bool amsgrad = step.plan->second_moment() == SecondMoment::amsgrad;
   const int expected = step.state_tensors;
   int found = 0;
   PyObject *key, *value;
   Py_ssize_t position = 0;
   while (found < expected && PyDict_Next(values, &position, &key, &value)) {
     const StateKeys::Key name = keys.find(key);
-    if (name == StateKeys::other || (name == StateKeys::max_exp_avg_sq && !amsgrad) ||
-        (name == StateKeys::multiplier && step.sets.empty())) {
-      continue;
-    }
+    if (name > StateKeys::exp_avg_sq && (step.more_keys >> name & 1) == 0) continue;
     if (member.is_sharded && name != StateKeys::step) {
       value = part_of(index, value, static_cast<Specs::Which>(name));
       if (value == nullptr) return false;

@@ -124,6 +124,8 @@ class SteadyState {
     // By slot, if the sets couple elements: the sets, and the sizes and strides they are for.
     std::vector<CoupledRows> sets;
     std::vector<std::vector<int64_t>> layouts;
+    bool has_sets;
+    int more_keys;      // of a parameter's state than every one has, as bits
     int state_tensors;  // of a parameter
     bool on_device;
     bool host_counts;  // else they are not read: that would be to wait for the device

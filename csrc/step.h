@@ -64,10 +64,8 @@ int64_t device_rows_bytes(const Bucket& bucket);
 // The same, and keeps what the step came to in the records.
 const char* watched_step_cuda(const Bucket& bucket, const DeviceTables& tables, void* rows,
                               int device, void* stream);
-
-// The same for a bucket whose sets couple elements: steps and projects, and keeps
-// records where there are any. `sets` are its tables of
-// set_tables.h on the device, with room for its scalars.
+// Steps, watching or not, and projects a bucket whose sets couple elements. `sets` are its tables
+// of set_tables.h on the device, with room for its scalars.
 struct SetTables;
 const char* step_and_project_cuda(const Bucket& bucket, const DeviceTables& tables,
                                   const SetTables& sets, int device, void* stream);

@@ -57,7 +57,7 @@ ADAMAL_MULTIVERSIONED void step_span(Param* __restrict param, const Grad* __rest
   }
 }
 
-// The streams of some elements of a tensor; grad is null where it has none.
+// The streams of one work item; grad is null where the tensor has none.
 template <typename Param, typename Grad, typename T>
 struct Span {
   Param* param;
@@ -67,14 +67,11 @@ struct Span {
   T* max_exp_avg_sq;
   int64_t count;
 
-  Span(const Bucket& bucket, WorkItem item)
-      : Span(bucket, item.tensor, item.chunk * kCpuChunk, kCpuChunk) {}
-
-  // At most `most` elements.
-  Span(const Bucket& bucket, uint32_t index, int64_t offset, int64_t most) : grad(nullptr) {
-    const TensorEntry& tensor = bucket.tensors[index];
+  Span(const Bucket& bucket, WorkItem item) : grad(nullptr) {
+    const TensorEntry& tensor = bucket.tensors[item.tensor];
+    const int64_t offset = item.chunk * kCpuChunk;
     param = static_cast<Param*>(tensor.param) + offset;
-    if (const void* first = bucket.grads[index]) {
+    if (const void* first = bucket.grads[item.tensor]) {
       grad = static_cast<const Grad*>(first) + offset;
     }
     exp_avg = static_cast<T*>(tensor.exp_avg) + offset;
@@ -82,7 +79,17 @@ struct Span {
     max_exp_avg_sq = tensor.max_exp_avg_sq == nullptr
                          ? nullptr
                          : static_cast<T*>(tensor.max_exp_avg_sq) + offset;
-    count = std::min(most, tensor.numel - offset);
+    count = std::min(kCpuChunk, tensor.numel - offset);
+  }
+
+  // Of the tensor's first item: moves on to elements [first, first + elements) of the tensor.
+  void move_to(int64_t first, int64_t elements) {
+    param += first;
+    grad += first;
+    exp_avg += first;
+    exp_avg_sq += first;
+    if (max_exp_avg_sq != nullptr) max_exp_avg_sq += first;
+    count = elements;
   }
 
   void prefetch_start() const {
@@ -156,7 +163,8 @@ void step_elements_cpu(const Bucket& bucket, uint32_t tensor, int64_t first, int
   dispatch(bucket, [&](auto kernel) {
     using Kernel = decltype(kernel);
     using T = ComputeType<typename Kernel::Param>;
-    const Span<typename Kernel::Param, typename Kernel::Grad, T> span(bucket, tensor, first, count);
+    Span<typename Kernel::Param, typename Kernel::Grad, T> span(bucket, WorkItem{tensor, 0});
+    span.move_to(first, count);
     step_span<Kernel::kSecondMoment, Unwatched<T>>(
         span.param, span.grad, span.exp_avg, span.exp_avg_sq, span.max_exp_avg_sq, span.count,
         StepScalars<T>(bucket.scalars[bucket.rows[tensor]]), BudgetChange<T>({}, {}),

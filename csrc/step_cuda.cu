@@ -19,7 +19,7 @@ namespace {
 
 template <SecondMoment kSecondMoment, typename Param, typename Grad, typename Params>
 __global__ void __launch_bounds__(kCudaBlockThreads,
-                                  kResidentBlocks<kSecondMoment, ComputeType<Param>>)
+                                  kStepResidentBlocks<kSecondMoment, ComputeType<Param>>)
     adamal_step(const __grid_constant__ Params params) {
   step_block<kSecondMoment, Param, Grad>(params, blockIdx.x, threadIdx.x);
 }

@@ -343,14 +343,20 @@ class Harness:
         cases: Sequence[StepCase],
         sets: Sequence[Sequence[SetCase]],
         devices: Sequence[DeviceCase | None],
+        *,
+        step_adds_sizes: bool = True,
     ) -> list[ProjectResult]:
-        """Step and project every case by the CUDA kernels; a set a tensor."""
+        """Step and project every case by the CUDA kernels; a set a tensor.
+
+        Without ``step_adds_sizes`` the sizes of whole tensors are added after the step, as after
+        one that is watched.
+        """
         payload = b""
         for case, of_case, device in zip(cases, sets, devices, strict=True):
             payload += b"".join(_step_input(Command.PROJECT_CUDA, case))
             for each in of_case:
                 payload += _set_input(each)
-            payload += _integers(device is not None)
+            payload += _integers(step_adds_sizes, device is not None)
             payload += b"" if device is None else _device_input(device)
         output = self._run(payload)
         taken = _Taken(output)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import test_device_kernels as device
 import test_native_walk as walk
+import test_projection_blocks as blocks
 import test_watch_kernels as watched
 from forked_pytest import ROOT, run_pytest
 from native_harness import Command, Harness, HarnessError, build_harness
@@ -99,6 +100,12 @@ def watched_extremes(harness: Harness) -> None:
     watched.test_records_of_every_type_and_of_extremes(harness, Command.WATCHED_CPU)
 
 
+def projections(harness: Harness) -> None:
+    blocks.test_short_rows(harness, 1)
+    blocks.test_long_rows(harness, 0, 0)
+    blocks.test_long_searches(harness, 16400)
+
+
 def launches(harness: Harness) -> None:
     walk.test_launches_split_where_their_parameters_are_full(harness, harness.info(), 0)
 
@@ -113,6 +120,7 @@ Check = Callable[[Harness], None]
 MATH, WALK = "csrc/adamal_math.h", "csrc/multi_tensor.h"
 LAUNCH, CPU, STORAGE = "csrc/launch_params.h", "csrc/step_cpu.cpp", "csrc/storage.h"
 DEVICE, NORM, TREE = "csrc/device_scalars.h", "csrc/gradient_norm.h", "csrc/tree_sum.h"
+BLOCKS = "csrc/projection_blocks.h"
 
 # Name -> the fault, and what catches it without sanitizers.
 NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
@@ -175,6 +183,26 @@ NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
     "the CPU tree ends early": (
         Fault(TREE, "for (; count > 1; count /= 2)", "for (; count > 2; count /= 2)"),
         norms,
+    ),
+    "only the first row of a tile is evaluated": (
+        Fault(
+            BLOCKS,
+            "if (search.state != SearchState::searching) return;\n          shared.leaves",
+            "if (row > 0) return;\n          shared.leaves",
+        ),
+        projections,
+    ),
+    "the step adds no sizes": (
+        Fault(BLOCKS, "if (thread == 0) entry.sums[item.chunk].first = shared.leaves[0];", ""),
+        projections,
+    ),
+    "searches end with the rounds": (
+        Fault(
+            BLOCKS,
+            "while (shared.search.state == SearchState::searching)",
+            "while (shared.search.state != shared.search.state)",
+        ),
+        projections,
     ),
     "the clamp is flipped": (
         Fault(MATH, "stepped < s.lower ? s.lower", "stepped > s.lower ? s.lower"),

@@ -151,10 +151,11 @@ def check_projected(
     harness: Harness,
     cases: Sequence[tuple[StepCase, list[SetCase]]],
     devices: Sequence[DeviceCase | None] | None = None,
+    **options: bool,
 ) -> int:
     """Compare to the bit; return how many tensors the projection has changed."""
     devices = devices or [None] * len(cases)
-    results = harness.project_cuda(*zip(*cases, strict=True), devices)
+    results = harness.project_cuda(*zip(*cases, strict=True), devices, **options)
     changed = 0
     for (case, sets), device, result in zip(cases, devices, results, strict=True):
         same = case if device is None else expected_case(case, device)
@@ -194,6 +195,11 @@ def test_long_rows(harness: Harness, kind: int, pair: int) -> None:
     """Rows of one block and of several, whole tensors and parts of them, in one bucket."""
     moment = SecondMoment.AMSGRAD if kind == 0 else SecondMoment.MONOTONE
     assert check_projected(harness, [bucket(pair, moment, LONG, kind)]) >= 6
+
+
+def test_sizes_that_no_step_has_added(harness: Harness) -> None:
+    case = bucket(0, SecondMoment.MONOTONE, LONG, 2)
+    assert check_projected(harness, [case], step_adds_sizes=False) >= 6
 
 
 def test_a_row_of_more_chunks_than_lanes(harness: Harness) -> None:

@@ -56,9 +56,10 @@ bool run_kernel(const Kernel& kernel, int64_t blocks, std::mt19937_64& random) {
 }
 
 template <typename Key>
-void run_all(OwnedBucket& bucket, const SetTables& sets, std::mt19937_64& random) {
+void run_all(OwnedBucket& bucket, const SetTables& sets, bool step_adds_sizes,
+             std::mt19937_64& random) {
   using T = ComputeType<typename Key::Param>;
-  const DeviceTables tables{bucket.tensors.data(), bucket.items.data(), nullptr};
+  const DeviceTables tables{bucket.tensors.data(), bucket.items.data(), nullptr, nullptr};
   const auto scalars = DeviceRows<T>::at(sets.scalars);
   const auto launch = [&](const auto& kernel, int64_t blocks) {
     return run_kernel(kernel, blocks, random);
@@ -73,7 +74,13 @@ void run_all(OwnedBucket& bucket, const SetTables& sets, std::mt19937_64& random
     }
   }
   step_bucket<Key>(bucket.view, tables, sets, scalars, launch);
-  project_bucket<typename Key::Param>(tables.tensors, sets, kPieceBlocks, launch);
+  if (!step_adds_sizes) {
+    for (int64_t i = 0; i < sets.piece_count; ++i) {
+      const WorkItem piece = sets.pieces[i];
+      sets.entries[piece.tensor].sums[piece.chunk] = {-1, -1};
+    }
+  }
+  project_bucket<typename Key::Param>(tables.tensors, sets, kPieceBlocks, step_adds_sizes, launch);
 }
 
 }  // namespace
@@ -81,6 +88,7 @@ void run_all(OwnedBucket& bucket, const SetTables& sets, std::mt19937_64& random
 void run_project_cuda(OwnedBucket& bucket, Input& input, Output& output) {
   std::mt19937_64 random(bucket.seed);
   const OwnedSets sets(input, bucket);
+  const bool step_adds_sizes = input.integer() != 0;
   std::optional<OwnedDevice> device;
   if (input.integer() != 0) {
     device.emplace(input, bucket.view.tensor_count);
@@ -94,7 +102,8 @@ void run_project_cuda(OwnedBucket& bucket, Input& input, Output& output) {
   std::copy(image.begin(), image.end(), memory.begin());
   const SetTables tables = work.tables_at(memory.data());
   std::memset(tables.is_searching, 0, tables.zeroed_bytes);
-  dispatch(bucket.view, [&](auto key) { run_all<decltype(key)>(bucket, tables, random); });
+  dispatch(bucket.view,
+           [&](auto key) { run_all<decltype(key)>(bucket, tables, step_adds_sizes, random); });
   sets.write(output);
   if (device.has_value()) device->write(output);
   bucket.write(output);
