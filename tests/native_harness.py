@@ -146,6 +146,8 @@ class ProjectResult:
 
     tensors: list[TensorCase]
     multipliers: list[Array]
+    passes: int
+    """How often threads shared work out."""
 
 
 @dataclass
@@ -323,8 +325,9 @@ class Harness:
         taken = _Taken(output)
         results = []
         for case, of_case in zip(cases, sets, strict=True):
+            (passes,) = taken.integers(1)
             multipliers = [taken.array(np.dtype(np.float64), each.rows.rows) for each in of_case]
-            results.append(ProjectResult(taken.tensors(case), multipliers))
+            results.append(ProjectResult(taken.tensors(case), multipliers, passes))
         assert taken.offset == len(output)
         return results
 
