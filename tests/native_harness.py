@@ -150,6 +150,8 @@ class ProjectResult:
 
     tensors: list[TensorCase]
     multipliers: list[Array]
+    passes: int | None = None
+    """How often threads shared work out, on the CPU."""
     counts: Array | None = None
     """Of the steps taken, where the scalars were the device's."""
 
@@ -333,8 +335,9 @@ class Harness:
         taken = _Taken(output)
         results = []
         for case, of_case in zip(cases, sets, strict=True):
+            (passes,) = taken.integers(1)
             multipliers = [taken.array(np.dtype(np.float64), each.rows.rows) for each in of_case]
-            results.append(ProjectResult(taken.tensors(case), multipliers))
+            results.append(ProjectResult(taken.tensors(case), multipliers, passes))
         assert taken.offset == len(output)
         return results
 
@@ -367,7 +370,7 @@ class Harness:
             if device is not None:
                 counts = taken.array(np.dtype(np.float32), len(case.tensors))
                 taken.integers(1)
-            results.append(ProjectResult(taken.tensors(case), multipliers, counts))
+            results.append(ProjectResult(taken.tensors(case), multipliers, counts=counts))
         assert taken.offset == len(output)
         return results
 

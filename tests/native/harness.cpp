@@ -292,13 +292,15 @@ void run_norm_cpu(OwnedBucket& bucket, Output& output) {
   output.array(sums);
 }
 
-// Random shares of the work, in random order.
-void run_project_cpu(OwnedBucket& bucket, const OwnedSets& sets) {
+// Random shares of the work, in random order; returns how often work was shared out.
+int64_t run_project_cpu(OwnedBucket& bucket, const OwnedSets& sets) {
   std::mt19937_64 random(bucket.seed);
   ProjectedStep projected;
   projected.bind(bucket.tensors, sets.sets, kDtypePairs[bucket.view.pair].param);
+  int64_t passes = 0;
   const auto for_shares = [&](const std::vector<int64_t>& cost_before,
                               const ProjectedStep::Body& body) {
+    ++passes;
     const auto count = static_cast<int64_t>(cost_before.size()) - 1;
     std::vector<int64_t> ends{0};
     while (ends.back() < count) {
@@ -310,6 +312,7 @@ void run_project_cpu(OwnedBucket& bucket, const OwnedSets& sets) {
     }
   };
   projected.step(bucket.view, for_shares);
+  return passes;
 }
 
 template <typename Storage>
@@ -419,13 +422,14 @@ void run(Input& input, Output& output) {
       const OwnedSets sets(input, bucket);
       step_cpu(bucket.view, 0, bucket.view.item_count);
       project_serially(bucket.view);
+      output.integer(0);
       sets.write(output);
       return bucket.write(output);
     }
     case Command::project_cpu: {
       OwnedBucket bucket(input, /*for_cpu=*/true);
       const OwnedSets sets(input, bucket);
-      run_project_cpu(bucket, sets);
+      output.integer(run_project_cpu(bucket, sets));
       sets.write(output);
       return bucket.write(output);
     }
