@@ -470,16 +470,14 @@ uint32_t SteadyState::row_of(size_t options, int64_t step, double grad_factor) {
   if (last.step == step) return last.row;
   last.step = step;
   // Thousands of groups that differ in nothing share a row.
-  const std::vector<BoundOptions>& all = groups_.options();
-  if (options > 0 && last_rows_[options - 1].step == step &&
-      same_options(all[options - 1].step, all[options].step)) {
+  if (groups_.repeats(options) && last_rows_[options - 1].step == step) {
     return last.row = last_rows_[options - 1].row;
   }
   const uint64_t key = static_cast<uint64_t>(options) << 40 | static_cast<uint64_t>(step);
   const auto [found, is_new] = rows_.try_emplace(key, static_cast<uint32_t>(scalars_.size()));
   if (is_new) {
     scalars_.push_back(
-        derive_step_scalars(step, all[options].step.options, grad_factor));
+        derive_step_scalars(step, groups_.options()[options].step.options, grad_factor));
   }
   return last.row = found->second;
 }
