@@ -15,6 +15,7 @@
 #include "sharded_class.h"
 #include "steady_groups.h"
 #include "tensor_checks.h"
+#include "thread_shares.h"
 
 namespace adamal {
 
@@ -137,9 +138,6 @@ class SteadyState {
   };
 
   bool check_state(PyObject* state);
-  // Calls body(first, last) for shares of the members, on torch's CPU threads.
-  template <typename Body>
-  void for_members(const Body& body);
   // Reads a member's tensors; false where one is not as it was checked.
   bool read_member(size_t index, PyObject* values, TensorEntry* entry, const void** grad);
   // Reads the multipliers of one with a set; false where they are not as they were checked.
@@ -147,7 +145,10 @@ class SteadyState {
                         TensorEntry* entry) const;
   bool read_gradient(size_t index, const ParamLayout& layout, const c10::TensorImpl& gradient,
                      const void** grad) const;
-  void prefetch(size_t index, size_t end) const;
+  void prefetch(size_t index, size_t first, size_t end) const;
+  void prefetch_fixed(size_t index) const;
+  void prefetch_gradient(size_t index) const;
+  void prefetch_gradient_storage(size_t index) const;
   // Whether the counts of skipped steps, and what may scale or skip, lie where they can be used.
   bool can_use(const Inputs& inputs) const;
   // False where the host finds the step to be skipped.
@@ -177,7 +178,7 @@ class SteadyState {
   std::vector<StateEntry> state_;
   std::vector<PlanStep> plans_;
 
-  int walks_alone_ = 0;                       // that are still to be one thread's
+  ThreadShares shares_;                       // of the members
   std::vector<StepScalars<double>> scalars_;  // of this step
   std::vector<LastRow> last_rows_;            // by options
   std::unordered_map<uint64_t, uint32_t> rows_;
