@@ -52,6 +52,7 @@ SOURCES = {
     "_cuda": [
         "csrc/bindings_cuda.cpp",
         "csrc/norm_cuda.cu",
+        "csrc/projection_cuda.cu",
         "csrc/scalars_cuda.cu",
         "csrc/step_cuda.cu",
         "csrc/watched_step_cuda.cu",

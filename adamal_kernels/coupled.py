@@ -249,6 +249,8 @@ def project_rows(
     while bool(searching.any()):
         first, second = sums(*_set_terms(rows.kind, y, d, multiplier.unsqueeze(1)))
         is_finite = first.isfinite() & second.isfinite()
+        # Where the whole metric is infinite no multiplier moves an element.
+        is_finite = is_finite & ~((multiplier == _ALL_ELEMENTS) & (second == 0))
         multiplier = torch.where(searching & ~is_finite, 0.0, multiplier)
         searching = searching & is_finite
         length = rounded_sqrt(first) if rows.kind == L2Ball.kind else first

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .distributed import local_part
+from .distributed import local_part, splits_rows
 from .dtypes import compute_dtype
-from .entries import real_dtype
+from .entries import MULTIPLIER, real_dtype
+from .projections import CoupledSet
 from .watch_records import WORDS, Record, WatchRecords, unpacked
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ class ParameterStatistics:
     the first watched step, and where the learning rate is or was 0. An element whose change is no
     number, as of a ``v`` that has become infinite, is left out."""
     boundary_fraction: float
-    """Fraction of elements on the boundary of the set, as the parameter is now; NaN without a set,
-    and for sets of which it is not told."""
+    """Fraction of elements on the boundary of the set, as the parameter is now: at a bound of a
+    box, in a row as large as its ball, 0 in a simplex; NaN without a set."""
 
     def as_tensor(self) -> Tensor:
         """Return the statistics as a float64 tensor, in the order of the fields; NaN for None."""
@@ -103,7 +104,7 @@ class Watch:
         params = [param for group in groups for param in group["params"]]
         records = self._records_on_host(params)
         steps = self._steps(params)
-        fractions = _boundary_fractions(groups)
+        fractions = _boundary_fractions(groups, self._optimizer.state)
         return {
             param: _statistics(param, records.get(param), steps.get(param, 0), fractions[param])
             for param in params
@@ -170,7 +171,9 @@ def _on_host(tensors: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     return copied
 
 
-def _boundary_fractions(groups: Sequence[dict[str, Any]]) -> dict[Tensor, float]:
+def _boundary_fractions(
+    groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]
+) -> dict[Tensor, float]:
     fractions: dict[Tensor, float] = {}
     counts: dict[Tensor, Tensor] = {}
     for group in groups:
@@ -179,9 +182,17 @@ def _boundary_fractions(groups: Sequence[dict[str, Any]]) -> dict[Tensor, float]
             part = local_part(param).detach()
             if group["projection"] is None or part.numel() == 0:
                 continue
-            on_boundary = group["projection"].on_boundary(part)
-            if on_boundary is not None:
-                counts[param] = on_boundary.sum().reshape(1)
+            projection, multiplier = group["projection"], None
+            if isinstance(projection, CoupledSet) and splits_rows(
+                param, projection.reduced_dims(param.dim())
+            ):
+                # Each process has a part of every row, whose size it cannot tell.
+                multiplier = state.get(param, {}).get(MULTIPLIER)
+                if multiplier is None:
+                    continue
+                multiplier = local_part(multiplier)
+            on_boundary = projection.on_boundary(part, multiplier)
+            counts[param] = on_boundary.expand_as(part).sum().reshape(1)
     for param, count in _on_host(counts).items():
         fractions[param] = count.item() / local_part(param).numel()
     return fractions

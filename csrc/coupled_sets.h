@@ -131,9 +131,11 @@ ADAMAL_HD inline void continue_search(const CoupledSet& set, SetTerms sums, RowS
   using std::sqrt;
   const double infinity = INFINITY;
   const double before = search->multiplier;
+  const bool all = before == kAllElements;  // Not yet a point of the set.
   const bool is_finite = sums.first < infinity && sums.first > -infinity &&
                          sums.second < infinity && sums.second > -infinity;
-  if (!is_finite) {
+  // Where the whole metric is infinite no multiplier moves an element.
+  if (!is_finite || (all && sums.second == 0)) {
     *search = {0, 1, SearchState::left_alone, search->evaluations};
     return;
   }
@@ -141,7 +143,6 @@ ADAMAL_HD inline void continue_search(const CoupledSet& set, SetTerms sums, RowS
   const double size = is_ball ? sqrt(sums.first) : sums.first;
   const double excess = size - set.size;
   const double distance = excess < 0 ? -excess : excess;
-  const bool all = before == kAllElements;  // Not yet a point of the set.
   double next;
   if (is_ball) {
     next = before + excess / set.size * (sums.first / sums.second);

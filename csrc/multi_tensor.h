@@ -15,9 +15,11 @@
 
 #ifdef __CUDACC__
 #define ADAMAL_UNROLL _Pragma("unroll")
+#define ADAMAL_ROLL _Pragma("unroll 1")
 #define ADAMAL_INLINE __forceinline__
 #else
 #define ADAMAL_UNROLL
+#define ADAMAL_ROLL
 #define ADAMAL_INLINE inline
 #endif
 
@@ -256,6 +258,12 @@ ADAMAL_HD ADAMAL_INLINE void step_chunk(const Chunk& chunk, const StepScalars<T>
     }
   }
 }
+
+// Resident blocks a multiprocessor must hold, which caps the registers: without it ptxas aims at 64
+// registers and spills, with one more block as well. float64 and a third moment need more of them.
+template <SecondMoment kSecondMoment, typename T>
+inline constexpr int kResidentBlocks =
+    sizeof(T) == sizeof(double) || kSecondMoment == SecondMoment::amsgrad ? 2 : 3;
 
 // One thread of one block of a launch; LaunchParams is in launch_params.h.
 template <SecondMoment kSecondMoment, typename Param, typename Grad, typename LaunchParams,

@@ -186,8 +186,12 @@ void CudaPlan::launch(const Bucket& bucket) {
     if (stream != *allocation_stream_) rows_.record_stream(stream);
     rows = rows_.mutable_data_ptr();
   }
+  const DeviceTables tables = tables_of(bucket);
+  const int index = device().index();
+  void* const on = stream.native_handle();
   const auto step = bucket.records == nullptr ? api_.step : api_.watched_step;
-  check(step(bucket, tables_of(bucket), rows, device().index(), stream.native_handle()),
+  check(set_memory_.defined() ? api_.step_and_project(bucket, tables, set_tables_, index, on)
+                              : step(bucket, tables, rows, index, on),
         "the step's launch");
 }
 
@@ -215,6 +219,7 @@ c10::Stream CudaPlan::prepared_stream(const Bucket& bucket) {
   if (stream != *allocation_stream_) {
     table_.record_stream(stream);
     for (const at::Tensor& records : this->records()) records.record_stream(stream);
+    if (set_memory_.defined()) set_memory_.record_stream(stream);
   }
   return stream;
 }
@@ -257,7 +262,20 @@ void CudaPlan::upload(const Bucket& bucket, c10::Stream stream) {
   append(bucket.items, item_bytes);
   append(first_items.data(), first_bytes);
   append(bucket.records, record_bytes);
+  set_memory_.reset();
+  if (bucket.sets != nullptr) upload_sets(bucket, stream);
   uploaded_ = true;
+}
+
+void CudaPlan::upload_sets(const Bucket& bucket, c10::Stream stream) {
+  const SetWork work(bucket);
+  at::Tensor memory = bytes_on_device(work.bytes());
+  auto* const base = static_cast<char*>(memory.mutable_data_ptr());
+  const std::vector<char> image = work.image_for(base);
+  check(api_.upload(base, image.data(), image.size(), device().index(), stream.native_handle()),
+        "copying the table of sets");
+  set_tables_ = work.tables_at(base);
+  set_memory_ = memory;
 }
 
 }  // namespace adamal

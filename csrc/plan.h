@@ -11,6 +11,7 @@
 
 #include "cuda_api.h"
 #include "projection_cpu.h"
+#include "set_tables.h"
 #include "step.h"
 
 namespace adamal {
@@ -100,6 +101,7 @@ class CudaPlan : public Plan {
       : Plan(pair, second_moment, device, cuda_chunk(pair)), api_(api) {}
 
  private:
+  bool can_project() const override { return true; }
   void on_bound() override { uploaded_ = false; }
   void launch(const Bucket& bucket) override;
   at::Tensor launch_squared_norm(const Bucket& bucket) override;
@@ -107,6 +109,7 @@ class CudaPlan : public Plan {
   // Copies the tables where they changed; returns the stream to launch on.
   c10::Stream prepared_stream(const Bucket& bucket);
   void upload(const Bucket& bucket, c10::Stream stream);
+  void upload_sets(const Bucket& bucket, c10::Stream stream);
   at::Tensor bytes_on_device(int64_t bytes) const;
   DeviceTables tables_of(const Bucket& bucket) const;
   void check(const char* error, const char* what) const;
@@ -115,7 +118,9 @@ class CudaPlan : public Plan {
   bool uploaded_ = false;
   // Bytes: the tensor entries, the work items, each tensor's first item and its records.
   at::Tensor table_;
-  at::Tensor rows_;  // bytes: the scalars that the device derived
+  at::Tensor rows_;        // bytes: the scalars that the device derived
+  at::Tensor set_memory_;  // bytes: that of set_tables.h; undefined where no set couples elements
+  SetTables set_tables_{};
   std::optional<c10::Stream> allocation_stream_;
 };
 

@@ -150,7 +150,7 @@ void TritonPlan::hand_over(const Bucket& bucket) {
   static_assert(sizeof(WorkItem) == 2 * sizeof(int32_t));
   std::partition_copy(bucket.items, end, static_cast<WorkItem*>(aligned.mutable_data_ptr()),
                       static_cast<WorkItem*>(others.mutable_data_ptr()), is_aligned);
-  launcher_.attr("bind")(entries, aligned, others);
+  launcher_.attr("bind")(entries, aligned, others, records());
 }
 
 at::Tensor TritonPlan::pack(const Bucket& bucket) const {

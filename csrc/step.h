@@ -65,6 +65,13 @@ int64_t device_rows_bytes(const Bucket& bucket);
 const char* watched_step_cuda(const Bucket& bucket, const DeviceTables& tables, void* rows,
                               int device, void* stream);
 
+// The same for a bucket whose sets couple elements: steps and projects, and keeps
+// records where there are any. `sets` are its tables of
+// set_tables.h on the device, with room for its scalars.
+struct SetTables;
+const char* step_and_project_cuda(const Bucket& bucket, const DeviceTables& tables,
+                                  const SetTables& sets, int device, void* stream);
+
 // Enqueues the sum of squares of all gradients into `total`. `scratch` is device memory for a
 // double a work item and a double a tensor. Returns as step_cuda does.
 const char* squared_norm_cuda(const Bucket& bucket, const DeviceTables& tables, double* scratch,

@@ -9,6 +9,7 @@
 #include "scalars_cuda.h"
 #include "step.h"
 #include "watched_block.h"
+#include "watched_step_cuda.h"
 
 namespace adamal {
 namespace {
@@ -88,13 +89,13 @@ cudaError_t launch_next(const GradientSplitter<T>& splitter, const DeviceTables&
 }
 
 template <typename Key>
-cudaError_t launch_all_on_device(const Bucket& bucket, const DeviceTables& tables, void* rows,
-                                 cudaStream_t stream) {
+cudaError_t launch_all_by_rows(const Bucket& bucket, const DeviceTables& tables, void* rows,
+                               cudaStream_t stream) {
   using T = ComputeType<typename Key::Param>;
   using Small = SmallRecordedDeviceParams<T>;
   using Large = LargeRecordedDeviceParams<T>;
   const auto scalars = DeviceRows<T>::at(rows);
-  cudaError_t error = derive_scalars_cuda(bucket, scalars, stream);
+  cudaError_t error = cudaSuccess;
   GradientSplitter<T> splitter(bucket);
   while (error == cudaSuccess && splitter.next(Large::kTensorCapacity)) {
     error = splitter.tensor_count() <= Small::kTensorCapacity
@@ -104,7 +105,24 @@ cudaError_t launch_all_on_device(const Bucket& bucket, const DeviceTables& table
   return error;
 }
 
+template <typename Key>
+cudaError_t launch_all_on_device(const Bucket& bucket, const DeviceTables& tables, void* rows,
+                                 cudaStream_t stream) {
+  using T = ComputeType<typename Key::Param>;
+  const cudaError_t error = derive_scalars_cuda(bucket, DeviceRows<T>::at(rows), stream);
+  return error == cudaSuccess ? launch_all_by_rows<Key>(bucket, tables, rows, stream) : error;
+}
+
 }  // namespace
+
+cudaError_t watched_step_by_rows_cuda(const Bucket& bucket, const DeviceTables& tables, void* rows,
+                                      cudaStream_t stream) {
+  cudaError_t error = cudaErrorInvalidValue;
+  dispatch(bucket, [&](auto key) {
+    error = launch_all_by_rows<decltype(key)>(bucket, tables, rows, stream);
+  });
+  return error;
+}
 
 const char* watched_step_cuda(const Bucket& bucket, const DeviceTables& tables, void* rows,
                               int device, void* stream) {

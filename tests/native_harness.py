@@ -27,7 +27,10 @@ Array = npt.NDArray[Any]
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = Path(os.environ.get("ADAMAL_TEST_CSRC", ROOT / "csrc")).resolve()
-HARNESS_SOURCE = ROOT / "tests" / "native" / "harness.cpp"
+HARNESS_SOURCES = (
+    ROOT / "tests" / "native" / "harness.cpp",
+    ROOT / "tests" / "native" / "projections.cpp",
+)
 BUILD_DIR = ROOT / "build" / "native_harness"
 
 # Not optimised: most of the time goes into building.
@@ -64,6 +67,7 @@ class Command(IntEnum):
     WATCHED_ON_DEVICE = 11
     PROJECT_SERIALLY = 12
     PROJECT_CPU = 13
+    PROJECT_CUDA = 14
 
 
 @dataclass
@@ -146,8 +150,10 @@ class ProjectResult:
 
     tensors: list[TensorCase]
     multipliers: list[Array]
-    passes: int
-    """How often threads shared work out."""
+    counts: Array | None = None
+    """Of the steps taken, where the scalars were the device's."""
+    passes: int = 0
+    """How often the CPU's threads shared work out."""
 
 
 @dataclass
@@ -187,9 +193,13 @@ def build_harness(
     compiler = os.environ.get("CXX", "g++")
     flags = (*COMMON_FLAGS, *(SANITIZER_FLAGS if sanitize else ()))
     kernels = ("norm_cpu.cpp", "projection_cpu.cpp", "step_cpu.cpp")
-    sources = (HARNESS_SOURCE, *(csrc / name for name in kernels))
+    sources = (*HARNESS_SOURCES, *(csrc / name for name in kernels))
     digest = hashlib.sha256(repr((compiler, flags)).encode())
-    for path in (*sources, *sorted(HARNESS_SOURCE.parent.glob("*.h")), *sorted(csrc.glob("*.h"))):
+    for path in (
+        *sources,
+        *sorted(HARNESS_SOURCES[0].parent.glob("*.h")),
+        *sorted(csrc.glob("*.h")),
+    ):
         digest.update(path.read_bytes())
     executable = build_dir / f"harness-{digest.hexdigest()[:16]}"
     if not executable.exists():
@@ -327,7 +337,34 @@ class Harness:
         for case, of_case in zip(cases, sets, strict=True):
             (passes,) = taken.integers(1)
             multipliers = [taken.array(np.dtype(np.float64), each.rows.rows) for each in of_case]
-            results.append(ProjectResult(taken.tensors(case), multipliers, passes))
+            results.append(ProjectResult(taken.tensors(case), multipliers, passes=passes))
+        assert taken.offset == len(output)
+        return results
+
+    def project_cuda(
+        self,
+        cases: Sequence[StepCase],
+        sets: Sequence[Sequence[SetCase]],
+        devices: Sequence[DeviceCase | None],
+    ) -> list[ProjectResult]:
+        """Step and project every case by the CUDA kernels; a set a tensor."""
+        payload = b""
+        for case, of_case, device in zip(cases, sets, devices, strict=True):
+            payload += b"".join(_step_input(Command.PROJECT_CUDA, case))
+            for each in of_case:
+                payload += _set_input(each)
+            payload += _integers(device is not None)
+            payload += b"" if device is None else _device_input(device)
+        output = self._run(payload)
+        taken = _Taken(output)
+        results = []
+        for case, of_case, device in zip(cases, sets, devices, strict=True):
+            multipliers = [taken.array(np.dtype(float), each.rows.rows) for each in of_case]
+            counts = None
+            if device is not None:
+                counts = taken.array(np.dtype(np.float32), len(case.tensors))
+                taken.integers(1)
+            results.append(ProjectResult(taken.tensors(case), multipliers, counts))
         assert taken.offset == len(output)
         return results
 

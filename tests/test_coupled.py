@@ -500,3 +500,27 @@ def test_a_second_step_is_not_checked_in_python(place: Place) -> None:
     param.grad = torch.ones_like(param)
     optimizer.step()
     assert steady is None or optimizer._plan._steady_state is not steady
+
+
+@pytest.mark.parametrize(
+    ("projection", "fraction"),
+    [(L2Ball(1.0, dim=1), 0.5), (L1Ball(1.0, dim=1), 0.5), (Simplex(dim=1), 0.25)],
+    ids=repr,
+)
+def test_watched_steps_project(place: Place, projection: CoupledSet, fraction: float) -> None:
+    values = torch.tensor([[0.25, 0.25, 0.25, 0.25], [3.0, 3.0, -3.0, -3.0]])
+    if not isinstance(projection, Simplex):
+        values[0, 3] = 0.1
+    params = [values.clone().to(place.device).requires_grad_() for _ in range(2)]
+    watched, plain = (
+        AdamAL([param], lr=1e-8, projection=projection, backend=place.backend) for param in params
+    )
+    watch = watched.watch()
+    for _ in range(3):
+        for param, optimizer in zip(params, (watched, plain), strict=True):
+            param.grad = torch.full_like(param, 1e-3)
+            optimizer.step()
+    assert same_bits(*params)
+    seen = watch.read()[params[0]]
+    assert seen.boundary_fraction == fraction
+    assert seen.watched_steps == 3

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import test_device_kernels as device
 import test_native_walk as walk
+import test_watch_kernels as watched
 from forked_pytest import ROOT, run_pytest
 from native_harness import Command, Harness, HarnessError, build_harness
 
@@ -89,6 +90,15 @@ def norms(harness: Harness) -> None:
     device.test_norms_of_many_chunks_use_every_lane(harness)
 
 
+def watched_steps(harness: Harness) -> None:
+    for command in watched.COMMANDS:
+        watched.test_records_are_those_of_the_eager_formula(harness, command)
+
+
+def watched_extremes(harness: Harness) -> None:
+    watched.test_records_of_every_type_and_of_extremes(harness, Command.WATCHED_CPU)
+
+
 def launches(harness: Harness) -> None:
     walk.test_launches_split_where_their_parameters_are_full(harness, harness.info(), 0)
 
@@ -106,6 +116,26 @@ DEVICE, NORM, TREE = "csrc/device_scalars.h", "csrc/gradient_norm.h", "csrc/tree
 
 # Name -> the fault, and what catches it without sanitizers.
 NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
+    "elements that stood still have grown": (
+        Fault("csrc/watch.h", "grown += after > before;", "grown += after >= before;"),
+        watched_steps,
+    ),
+    "the budget's least change is looked for too seldom": (
+        Fault(
+            "csrc/watch_cpu.h",
+            "if (seen.least_change < seen_->least_change) {",
+            "if (seen.least_change < seen_->least_change && earlier == 0) {",
+        ),
+        watched_steps,
+    ),
+    "watched steps forget the last one's learning rate": (
+        Fault("csrc/watch.h", "record->budget_scale = now.scale;", ""),
+        watched_steps,
+    ),
+    "a v that is no number has a smallest step": (
+        Fault("csrc/watch.h", "largest == largest ? smallest : largest;", "smallest;"),
+        watched_extremes,
+    ),
     "a skipped step is counted": (
         Fault(DEVICE, "if (found.skip) return false;", "if (found.skip) ++*count;"),
         device_steps,
@@ -428,7 +458,7 @@ TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
     "the pointer table is stale": (
         Fault(
             "adamal_kernels/backends/triton_plan.py",
-            "if self._bound != (entries, aligned):",
+            "if self._bound != bound:",
             "if self._bound is None:",
         ),
         "test_triton_interpreter.py::test_tables_follow_the_tensors[Python]",

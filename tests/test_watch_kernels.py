@@ -105,7 +105,10 @@ def check_steps(
                 )
             cases[i] = replace(
                 case,
-                tensors=[replace(t, grad=g.grad) for t, g in zip(result.tensors, case.tensors)],
+                tensors=[
+                    replace(new, grad=old.grad)
+                    for new, old in zip(result.tensors, case.tensors, strict=True)
+                ],
             )
 
 
@@ -122,7 +125,8 @@ def made(pair: int, second_moment: SecondMoment, *, extreme: bool) -> StepCase:
     return case
 
 
-STEPS = [make_scalars(step=t, lr=lr) for t, lr in ((1, 0.1), (2, 0.1), (3, 0.0), (4, 0.2), (5, 0.1))]
+LEARNING_RATES = (0.1, 0.1, 0.0, 0.2, 0.1)
+STEPS = [make_scalars(step=t, lr=lr) for t, lr in enumerate(LEARNING_RATES, 1)]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

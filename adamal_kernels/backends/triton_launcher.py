@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 from ..bucket import BucketKey
 from ..dtypes import compute_dtype
 from ..hyperparameters import StepScalars
-from . import triton_kernels, triton_norm, triton_scalars
+from . import triton_kernels, triton_norm, triton_scalars, triton_watch
 from .triton_plan import TensorEntry
 
 __all__ = ["Launcher", "prepare_launch", "triton_version"]
@@ -54,6 +54,8 @@ class _Tables:
     entries: Tensor
     items: list[tuple[bool, Tensor]]
     """Whether they are all aligned, and they."""
+    records: Tensor | None = None
+    """Addresses of each tensor's records; None where steps are not watched."""
     step: _Staged | None = None
     norm: _Staged | None = None
 
@@ -76,9 +78,12 @@ class Launcher:
         self._target = None if key.device.type == "cpu" else triton_kernels.target(key.device)
         self._options = triton_kernels.launch_options(self._target)
         self._host_tables: tuple[Tensor, Tensor, Tensor]
+        self._records: Sequence[Tensor] = ()
         self._tables: _Tables | None = None
 
-    def bind(self, entries: Tensor, aligned: Tensor, others: Tensor) -> None:
+    def bind(
+        self, entries: Tensor, aligned: Tensor, others: Tensor, records: Sequence[Tensor]
+    ) -> None:
         """Take over the tables of the next steps.
 
         Args:
@@ -86,10 +91,12 @@ class Launcher:
             aligned: int32 ``[item, 2]``, a tensor and its block, of the tensors all of whose
                 streams, gradients included, start at multiples of 16 bytes.
             others: the same of the other tensors.
+            records: of each tensor's work items; empty where steps are not watched.
 
-        All are host memory, pinned where the device is another.
+        The tables are host memory, pinned where the device is another.
         """
         self._host_tables = (entries, aligned, others)
+        self._records = records
         self._tables = None
 
     def launch(self, packed: Tensor) -> None:
@@ -121,7 +128,7 @@ class Launcher:
             for launch in staged.launches:
                 launch(stream)
             if capturing:
-                _captured.append((packed, self._host_tables, tables, staged))
+                _captured.append((packed, self._host_tables, self._records, tables, staged))
         return staged
 
     def _tables_on(self, stream: int, capturing: bool) -> _Tables:
@@ -147,7 +154,17 @@ class Launcher:
                 for promise, items in ((True, aligned), (False, others))
                 if len(items) > 0
             ],
+            self._record_addresses(),
         )
+
+    def _record_addresses(self) -> Tensor | None:
+        if not self._records:
+            return None
+        if self._target is not None:
+            for records in self._records:
+                records.record_stream(torch.cuda.current_stream(self._key.device))
+        addresses = [records.data_ptr() for records in self._records]
+        return torch.tensor(addresses, dtype=torch.int64, device=self._key.device)
 
     def _step_of(self, tables: _Tables, size: int) -> _Staged:
         step = tables.step
@@ -180,6 +197,8 @@ class Launcher:
             tensors = (tables.entries, items, inputs, scalars)
             constants = triton_kernels.constants(self._key, self._target, aligned=promise)
             kernel = triton_kernels.step_kernel
+            if tables.records is not None:
+                kernel, tensors = triton_watch.watched_step_kernel, (*tensors, tables.records)
             step.launches.append(self._prepare(kernel, len(items), tensors, constants))
         tables.step = step
         return step

@@ -81,7 +81,8 @@ class PythonPlan:
         self._block = block
         self._launcher = launcher
         self._entries: list[TensorEntry] = []
-        self._bound: tuple[list[TensorEntry], list[bool]] | None = None
+        self._records: list[Tensor] = []
+        self._bound: tuple[list[TensorEntry], list[bool], list[int]] | None = None
 
     def bind(
         self,
@@ -89,6 +90,7 @@ class PythonPlan:
         exp_avgs: Sequence[Tensor],
         exp_avg_sqs: Sequence[Tensor],
         max_exp_avg_sqs: Sequence[Tensor],
+        records: Sequence[Tensor],
     ) -> None:
         """Take over the tensors of the next steps."""
         maxima = [t.data_ptr() for t in max_exp_avg_sqs] or [0] * len(params)
@@ -96,6 +98,7 @@ class PythonPlan:
             TensorEntry(p.data_ptr(), m.data_ptr(), v.data_ptr(), v_max, p.numel())
             for p, m, v, v_max in zip(params, exp_avgs, exp_avg_sqs, maxima, strict=True)
         ]
+        self._records = list(records)
 
     def step(self, grads: Sequence[Tensor], scalars: array[float], rows: Sequence[int]) -> None:
         """Step the bound tensors; ``scalars`` are rows of StepScalars, one after the other."""
@@ -156,13 +159,15 @@ class PythonPlan:
             (e.param | e.exp_avg | e.exp_avg_sq | e.max_exp_avg_sq | grad) % _ALIGNMENT == 0
             for e, grad in zip(entries, addresses, strict=True)
         ]
-        if self._bound != (entries, aligned):
+        bound = (entries, aligned, [records.data_ptr() for records in self._records])
+        if self._bound != bound:
             self._bound = None  # for as long as that may fail
             self._launcher.bind(
                 self._host(torch.tensor(entries, dtype=torch.int64, device="cpu")),
                 *(self._host(self._items(entries, aligned, wanted)) for wanted in (True, False)),
+                self._records,
             )
-            self._bound = (entries, aligned)
+            self._bound = bound
         inputs = torch.tensor(
             list(zip(addresses, rows, strict=True)), dtype=torch.int64, device="cpu"
         )

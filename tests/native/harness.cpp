@@ -6,9 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
-#include <numeric>
 #include <random>
-#include <utility>
 #include <vector>
 
 #include "bucket.h"
@@ -16,8 +14,11 @@
 #include "launch_params.h"
 #include "multi_tensor.h"
 #include "owned_bucket.h"
+#include "owned_device.h"
 #include "owned_sets.h"
 #include "projection_cpu.h"
+#include "projections.h"
+#include "shuffled.h"
 #include "step.h"
 #include "storage.h"
 #include "watched_block.h"
@@ -41,16 +42,9 @@ enum class Command : int64_t {
   watched_cuda,
   watched_on_device,
   project_serially,
-  project_cpu
+  project_cpu,
+  project_cuda
 };
-
-template <typename Int>
-std::vector<Int> shuffled(Int count, std::mt19937_64& random) {
-  std::vector<Int> order(count);
-  std::iota(order.begin(), order.end(), Int(0));
-  std::shuffle(order.begin(), order.end(), random);
-  return order;
-}
 
 // Random ranges of items, in random order.
 void run_step_cpu(OwnedBucket& bucket) {
@@ -216,35 +210,9 @@ void run_watched(OwnedBucket& bucket, Input& input, Output& output, const Run& r
 // Steps by the case's first row of options and inputs, and writes what is counted.
 void run_step_on_device(OwnedBucket& bucket, Input& input, Output& output) {
   std::mt19937_64 random(bucket.seed);
-  const bool is_small = input.integer() != 0;
-  std::vector<DeviceOptions> options(input.integer());
-  std::vector<double> numbers;  // that addresses point to
-  numbers.reserve(3 * options.size());
-  for (DeviceOptions& o : options) {
-    const auto number = input.array<double>(7);
-    const auto flag = input.array<int64_t>(4);
-    o.options = {number[0], number[1], number[2],    number[3],    number[4],
-                 number[5], number[6], flag[0] != 0, flag[1] != 0, flag[2] != 0};
-    if (flag[3] == 0) continue;
-    for (auto [address, value] :
-         {std::pair{&o.lr, &o.options.lr}, std::pair{&o.beta1, &o.options.beta1},
-          std::pair{&o.beta2, &o.options.beta2}}) {
-      numbers.push_back(std::exchange(*value, -1.0));
-      *address = {&numbers.back(), true};
-    }
-  }
-  auto counts = input.array<float>(bucket.view.tensor_count);
-  const auto given = input.array<int64_t>(3);
-  const float grad_scale = input.array<float>(1)[0], found_inf = input.array<float>(1)[0];
-  const auto norms = input.array<double>(2);
-  int64_t skipped_steps = 0;
-  const DeviceScalars device{options.data(),
-                             static_cast<int64_t>(options.size()),
-                             counts.data(),
-                             {given[0] ? &grad_scale : nullptr, given[1] ? &found_inf : nullptr,
-                              given[2] ? &norms[0] : nullptr, norms[1]},
-                             &skipped_steps};
-  bucket.view.device = &device;
+  OwnedDevice device(input, bucket.view.tensor_count);
+  const bool is_small = device.is_small;
+  bucket.view.device = &device.view;
   dispatch(bucket.view, [&](auto key) {
     using Key = decltype(key);
     using T = ComputeType<typename Key::Param>;
@@ -254,8 +222,7 @@ void run_step_on_device(OwnedBucket& bucket, Input& input, Output& output) {
       run_on_device<Key, LargeDeriveParams<T>, LargeDeviceLaunchParams<T>>(bucket, random);
     }
   });
-  output.array(counts);
-  output.integer(skipped_steps);
+  device.write(output);
 }
 
 // Threads of a block in random order, which wait for one another before every level.
@@ -465,6 +432,10 @@ void run(Input& input, Output& output) {
       output.integer(run_project_cpu(bucket, sets));
       sets.write(output);
       return bucket.write(output);
+    }
+    case Command::project_cuda: {
+      OwnedBucket bucket(input, /*for_cpu=*/false);
+      return run_project_cuda(bucket, input, output);
     }
   }
   fail("no such command");

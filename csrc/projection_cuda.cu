@@ -1,0 +1,89 @@
+// The CUDA step of a bucket whose sets couple elements. Includes no torch header.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "device_guard.h"
+#include "launch_params.h"
+#include "projection_blocks.h"
+#include "scalars_cuda.h"
+#include "set_tables.h"
+#include "step.h"
+#include "watched_step_cuda.h"
+
+namespace adamal {
+namespace {
+
+// Blocks that fill any device.
+constexpr int64_t kPieceBlocks = 2048;
+
+// The threads of this block, of which the caller is one.
+struct DeviceBlock {
+  __device__ int64_t index() const { return blockIdx.x; }
+  __device__ int64_t count() const { return gridDim.x; }
+  template <typename Body>
+  __device__ __forceinline__ void phase(const Body& body) const {
+    body(static_cast<int>(threadIdx.x));
+    __syncthreads();
+  }
+};
+
+template <typename Kernel>
+__global__ void __launch_bounds__(kCudaBlockThreads, Kernel::kResident)
+    adamal_project(const __grid_constant__ Kernel kernel) {
+  __shared__ typename Kernel::Shared shared;
+  kernel(DeviceBlock{}, shared);
+}
+
+template <typename Kernel>
+cudaError_t launch(const Kernel& kernel, int64_t blocks, cudaStream_t stream) {
+  adamal_project<<<static_cast<unsigned>(blocks), kCudaBlockThreads, 0, stream>>>(kernel);
+  return cudaGetLastError();
+}
+
+// The scalars, the step by them, and the kernels that project what it has stored.
+template <typename Key>
+cudaError_t launch_all(const Bucket& bucket, const DeviceTables& tables, const SetTables& sets,
+                       cudaStream_t stream) {
+  using T = ComputeType<typename Key::Param>;
+  const auto scalars = DeviceRows<T>::at(sets.scalars);
+  cudaError_t error = cudaMemsetAsync(sets.is_searching, 0, sets.zeroed_bytes, stream);
+  const auto launch_on_stream = [&](const auto& kernel, int64_t blocks) {
+    error = launch(kernel, blocks, stream);
+    return error == cudaSuccess;
+  };
+  if (error != cudaSuccess) return error;
+  if (bucket.device == nullptr) {
+    store_scalars(bucket, tables, scalars, launch_on_stream);
+  } else {
+    error = derive_scalars_cuda(bucket, scalars, stream);
+  }
+  if (error == cudaSuccess && bucket.records != nullptr) {
+    error = watched_step_by_rows_cuda(bucket, tables, sets.scalars, stream);
+  }
+  if (error != cudaSuccess) return error;
+  if (step_bucket<Key>(bucket, tables, sets, scalars, launch_on_stream)) {
+    project_bucket<typename Key::Param>(tables.tensors, sets, kPieceBlocks, launch_on_stream);
+  }
+  return error;
+}
+
+}  // namespace
+
+const char* step_and_project_cuda(const Bucket& bucket, const DeviceTables& tables,
+                                  const SetTables& sets, int device, void* stream) {
+  const int64_t most_blocks = std::max({bucket.item_count, sets.tile_count, sets.long_row_count});
+  if (most_blocks > std::numeric_limits<int32_t>::max()) return kTooManyItems;
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return cudaGetErrorString(guard.error());
+  cudaError_t error = cudaSuccess;
+  const bool known = dispatch(bucket, [&](auto key) {
+    error = launch_all<decltype(key)>(bucket, tables, sets, static_cast<cudaStream_t>(stream));
+  });
+  if (!known) return "no kernel for this pair of types and second moment";
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace adamal
