@@ -337,7 +337,7 @@ class Harness:
         for case, of_case in zip(cases, sets, strict=True):
             (passes,) = taken.integers(1)
             multipliers = [taken.array(np.dtype(np.float64), each.rows.rows) for each in of_case]
-            results.append(ProjectResult(taken.tensors(case), multipliers, passes))
+            results.append(ProjectResult(taken.tensors(case), multipliers, passes=passes))
         assert taken.offset == len(output)
         return results
 

@@ -524,3 +524,14 @@ def test_watched_steps_project(place: Place, projection: CoupledSet, fraction: f
     seen = watch.read()[params[0]]
     assert seen.boundary_fraction == fraction
     assert seen.watched_steps == 3
+
+
+@pytest.mark.parametrize("cls", SETS)
+def test_a_search_in_an_infinite_metric_ends(place: Place, cls: type[CoupledSet]) -> None:
+    """Of the second moments that have overflowed: nothing can move, and the row is left alone."""
+    values = torch.tensor([3.0, -2.0, 0.5])
+    param = values.clone().to(place.device).requires_grad_()
+    optimizer = AdamAL([param], lr=0.1, projection=cls(1.0), backend=place.backend)
+    param.grad = torch.full_like(param, 1e30)
+    optimizer.step()
+    assert same_bits(param.detach().cpu(), values)
