@@ -249,8 +249,10 @@ def project_rows(
     while bool(searching.any()):
         first, second = sums(*_set_terms(rows.kind, y, d, multiplier.unsqueeze(1)))
         is_last = multiplier != _ALL_ELEMENTS
-        # Where the whole metric is infinite no multiplier moves an element.
-        is_finite = first.isfinite() & second.isfinite() & (is_last | (second != 0))
+        # From these every element counts. Where the whole metric is infinite, none does: none can
+        # move.
+        counts_all = multiplier == 0 if rows.kind == L1Ball.kind else ~is_last
+        is_finite = first.isfinite() & second.isfinite() & ~(counts_all & (second == 0))
         multiplier = torch.where(searching & ~is_finite, 0.0, multiplier)
         searching = searching & is_finite
         length = rounded_sqrt(first) if rows.kind == L2Ball.kind else first

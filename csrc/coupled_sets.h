@@ -134,8 +134,9 @@ ADAMAL_HD inline void continue_search(const CoupledSet& set, SetTerms sums, RowS
   const bool all = before == kAllElements;  // Not yet a point of the set.
   const bool is_finite = sums.first < infinity && sums.first > -infinity &&
                          sums.second < infinity && sums.second > -infinity;
-  // Where the whole metric is infinite no multiplier moves an element.
-  if (!is_finite || (all && sums.second == 0)) {
+  // From these every element counts. Where the whole metric is infinite, none does: none can move.
+  const bool counts_all = all || (set.kind == SetKind::l1_ball && before == 0);
+  if (!is_finite || (counts_all && sums.second == 0)) {
     *search = {0, 1, SearchState::left_alone, search->evaluations};
     return;
   }
