@@ -26,9 +26,11 @@ __all__ = [
     "ROWS_HEADER",
     "casts_bfloat16_correctly",
     "constants",
+    "divide",
     "elements",
     "interpreted",
     "launch_options",
+    "sqrt",
     "step_kernel",
     "target",
 ]
@@ -121,7 +123,8 @@ def _cast_kernel(source, target):
 
 
 @triton.jit
-def _sqrt(x):
+def sqrt(x):
+    """Return the square root, rounded to nearest."""
     # tl.sqrt is approximate in float32 and rounded to nearest in float64; sqrt_rn takes no float64.
     if x.dtype == tl.float32:
         return tl.sqrt_rn(x)
@@ -130,7 +133,8 @@ def _sqrt(x):
 
 
 @triton.jit
-def _divide(x, y):
+def divide(x, y):
+    """Return the quotient, rounded to nearest."""
     if x.dtype == tl.float32:
         return tl.div_rn(x, y)
     else:
@@ -180,8 +184,8 @@ def _element(g, p, m, v, v_max, scalars, SECOND_MOMENT: tl.constexpr, PACKS: tl.
         grown = v > v_max
         v_max = tl.where(grown, v, v_max)
         denominator = v_max if SECOND_MOMENT == _AMSGRAD else v
-    d = _divide(_sqrt(denominator), bias2_sqrt) + eps
-    quotient = tl.where((d == 0) & (m == 0), 0.0, _divide(m, d))
+    d = divide(sqrt(denominator), bias2_sqrt) + eps
+    quotient = tl.where((d == 0) & (m == 0), 0.0, divide(m, d))
     p = p - _multiply(step_size, quotient, PACKS)
     p = tl.where(p < lower, lower, tl.where(p > upper, upper, p))
     return p, m, v, v_max, grown
