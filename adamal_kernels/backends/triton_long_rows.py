@@ -21,11 +21,12 @@ from ..dtypes import compute_dtype
 from ..gradient_norm import LANES, chunk_elements
 from . import triton_rows
 from .triton_rows import (
-    add_lanes,
+    Tile,
+    add_neighbours,
     apply,
-    chunk_sizes,
-    chunk_terms,
     open_rows,
+    part_sizes,
+    part_terms,
     search,
     set_of,
 )
@@ -48,8 +49,8 @@ _LONG_ROW_WORDS = tl.constexpr(3)
 def constants(key: BucketKey) -> dict[str, object]:
     """Return the compile-time arguments of the kernels here."""
     chunk = chunk_elements(compute_dtype(key.dtypes.param))
-    of_rows = triton_rows.constants(key, 1, chunk)
-    return {name: of_rows[name] for name in of_rows if name not in ("ROWS", "WIDTH")}
+    made = triton_rows.constants(key, Tile(1, chunk, LANES))
+    return {**{name: made[name] for name in list(made)[:4]}, "CHUNK": chunk}
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def _add_chunks(sums, long_rows, number, view, CHUNK: tl.constexpr):
         chunk = at + tl.arange(0, _LANES)[None, :]
         lanes += tl.load(sums + chunk, chunk < chunks, other=0.0)
         at += _LANES
-    return add_lanes(lanes, 1)
+    return add_neighbours(lanes, 1, _LANES)
 
 
 @triton.jit
@@ -127,7 +128,7 @@ def size_kernel(
     )
     if projects:
         start = tl.load(long_items + 2 * item + 1).to(tl.int64) * CHUNK
-        tl.store(firsts + item + tl.arange(0, 1), chunk_sizes(view, start, 1, CHUNK))
+        tl.store(firsts + item + tl.arange(0, 1), part_sizes(view, start, 1, CHUNK))
 
 
 @triton.jit
@@ -207,7 +208,7 @@ def evaluate_kernel(
             DEVICE_SCALARS,
         )
         start = tl.load(long_items + 2 * item + 1).to(tl.int64) * CHUNK
-        first, second = chunk_terms(view, start, tl.load(multipliers), 1, CHUNK)
+        first, second = part_terms(view, start, tl.load(multipliers), 1, CHUNK)
         tl.store(firsts + item + tl.arange(0, 1), first)
         tl.store(seconds + item + tl.arange(0, 1), second)
 
@@ -294,7 +295,14 @@ def finish_kernel(
         state = tl.load(states + 2 * place)
         evaluations = tl.load(states + 2 * number + 1)
         multiplier, scale, state = search(
-            view, tl.load(multipliers), tl.load(scales + place), state, evaluations, 1, CHUNK, CHUNK
+            view,
+            tl.load(multipliers),
+            tl.load(scales + place),
+            state,
+            evaluations,
+            1,
+            CHUNK,
+            _LANES,
         )
         tl.store(multipliers, multiplier)
         tl.store(states + 2 * place, state)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..bucket import BucketKey
-from ..dtypes import compute_dtype
 from ..gradient_norm import chunk_elements
 from . import triton_long_rows, triton_rows
 from .triton_plan import SetEntry
@@ -36,7 +35,7 @@ class ProjectionTables(NamedTuple):
     long_items: Tensor
     """Int32 ``[item, 2]``: likewise."""
     short: tuple[Tensor, ...]
-    """Int32 ``[item, 2]``, a tensor and its block of rows, for each of :func:`.tiles`."""
+    """For each of ``triton_rows.TILES``, int32 ``[item, 2]``: a tensor and its block of rows."""
 
     def map(self, call: Callable[[Tensor], Tensor]) -> ProjectionTables:
         """Return the results of ``call`` for each table."""
@@ -53,9 +52,9 @@ def projection_tables(sets: Tensor, compute: torch.dtype) -> ProjectionTables:
     rows, length = (sets[:, SetEntry._fields.index(name)] for name in ("rows", "length"))
     rows = torch.where(length > 0, rows, 0)
     short, least = [], 0
-    for most, (rows_of_item, _) in triton_rows.tiles(compute).items():
-        blocks = torch.where((length > least) & (length <= most), rows, 0)
-        short.append(_numbered((blocks + rows_of_item - 1) // rows_of_item).to(torch.int32))
+    for most, tile in triton_rows.TILES.items():
+        of_tile = torch.where((length > least) & (length <= most), rows, 0)
+        short.append(_numbered((of_tile + tile.rows - 1) // tile.rows).to(torch.int32))
         least = most
     long_rows = _numbered(torch.where(length > least, rows, 0))
     chunk = chunk_elements(compute)
@@ -82,11 +81,10 @@ def prepare_projection(
     """
     entries, inputs, scalars = tensors
     stepped = (entries, tables.sets, inputs, scalars)
-    compute = compute_dtype(key.dtypes.param)
     launches = []
-    for (rows, width), items in zip(triton_rows.tiles(compute).values(), tables.short, strict=True):
+    for tile, items in zip(triton_rows.TILES.values(), tables.short, strict=True):
         if len(items):
-            constants = triton_rows.constants(key, rows, width)
+            constants = triton_rows.constants(key, tile)
             kernel = triton_rows.project_kernel
             launches.append(prepare(kernel, len(items), (*stepped, items), constants))
     if not len(tables.long_rows):

@@ -13,6 +13,8 @@ vector; and ``bias2_sqrt`` and ``eps`` of the step.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,7 @@ import triton.language as tl
 from ..bucket import BucketKey, SecondMoment
 from ..coupled import MOST_RUNS
 from ..dtypes import compute_dtype
-from ..gradient_norm import LANES, chunk_elements
+from ..gradient_norm import chunk_elements
 from ..hyperparameters import StepScalars
 from .triton_kernels import DTYPES, ROWS_HEADER, divide, sqrt
 from .triton_plan import SET_WORDS, SetEntry, TensorEntry
@@ -37,19 +39,18 @@ from .triton_sets import (
 )
 
 __all__ = [
-    "add_lanes",
+    "TILES",
+    "Tile",
+    "add_neighbours",
     "apply",
-    "chunk_sizes",
-    "chunk_terms",
     "constants",
     "open_rows",
+    "part_sizes",
+    "part_terms",
     "project_kernel",
     "search",
     "set_of",
-    "tiles",
 ]
-
-_CHUNKS_OF_SHORT = 8
 
 _AMSGRAD = tl.constexpr(SecondMoment.AMSGRAD.value)
 _TENSOR_WORDS = tl.constexpr(len(TensorEntry._fields))
@@ -58,33 +59,37 @@ _KEPT = tl.constexpr(len(SetEntry._fields))
 _REDUCED = tl.constexpr(len(SetEntry._fields) + 2 * MOST_RUNS)
 _SCALARS = tl.constexpr(len(StepScalars._fields))
 _ROWS_HEADER = tl.constexpr(ROWS_HEADER)
-_LANES = tl.constexpr(LANES)
 _MOST_LEVELS = tl.constexpr(chunk_elements(torch.float32).bit_length() - 1)
 _MOST_RUNS = tl.constexpr(MOST_RUNS)
 
 
-def tiles(compute_dtype: torch.dtype) -> dict[int, tuple[int, int]]:
-    """Return, by the rows' greatest length, how many a program takes, and how wide a part of them.
+class Tile(NamedTuple):
+    """How a program walks over rows: ``width`` elements of so many rows at a time.
 
-    Example:
-        >>> tiles(torch.float32)
-        {32: (64, 32), 256: (8, 256), 16384: (1, 2048)}
+    Each row's parts are added to as many lanes in turn, and lanes by the tree. With one part a
+    lane, all of it is one tree, as the order of sums has it for up to ``gradient_norm.LANES``
+    chunks; with chunks for parts, ``gradient_norm.LANES`` lanes are right for any length.
     """
-    chunk = chunk_elements(compute_dtype)
-    narrow = {width: (chunk // width, width) for width in (32, 256)}
-    return {**narrow, _CHUNKS_OF_SHORT * chunk: (1, chunk)}
+
+    rows: int
+    width: int
+    lanes: int
 
 
-def constants(key: BucketKey, rows: int, width: int) -> dict[str, object]:
-    """Return the compile-time arguments of :func:`project_kernel`, for one of :func:`tiles`."""
+TILES = {32: Tile(32, 32, 1), 256: Tile(4, 256, 1), 16384: Tile(1, 1024, 16)}
+"""By the greatest length of rows. More elements at a time would take too many registers."""
+
+
+def constants(key: BucketKey, tile: Tile) -> dict[str, object]:
+    """Return the compile-time arguments of :func:`project_kernel`, for rows of one of ``TILES``."""
     return {
         "PARAM": DTYPES[key.dtypes.param],
         "COMPUTE": DTYPES[compute_dtype(key.dtypes.param)],
         "SECOND_MOMENT": key.second_moment.value,
         "DEVICE_SCALARS": key.device_scalars,
-        "ROWS": rows,
-        "WIDTH": width,
-        "CHUNK": chunk_elements(compute_dtype(key.dtypes.param)),
+        "ROWS": tile.rows,
+        "WIDTH": tile.width,
+        "LANES": tile.lanes,
     }
 
 
@@ -168,7 +173,7 @@ def _stored(view, offsets, mask):
 
 
 @triton.jit
-def _add_neighbours(values, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def add_neighbours(values, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Return the sums of the rows of ``[ROWS, WIDTH]``, a power of two, by the tree."""
     for level in tl.static_range(_MOST_LEVELS):
         if WIDTH >> level > 1:
@@ -178,69 +183,57 @@ def _add_neighbours(values, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def add_lanes(lanes, ROWS: tl.constexpr):
-    """Return the sums of the rows of ``[ROWS, LANES]``."""
-    return _add_neighbours(lanes, ROWS, _LANES)
-
-
-@triton.jit
-def _add_to_lane(lanes, value, chunk):
-    is_lane = tl.arange(0, _LANES) == chunk % _LANES
-    return lanes + tl.where(is_lane[None, :], value[:, None], 0.0)
-
-
-@triton.jit
-def chunk_sizes(view, start, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def part_sizes(view, start, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Return the sums of ``size_term`` over ``WIDTH`` elements of rows."""
     kind, _, _, entry, rows, _, _ = view
     offsets, mask = _places(entry, rows, start, WIDTH)
     y, _ = _stored(view, offsets, mask)
-    return _add_neighbours(tl.where(mask, size_term(kind, y), 0.0), ROWS, WIDTH)
+    return add_neighbours(tl.where(mask, size_term(kind, y), 0.0), ROWS, WIDTH)
 
 
 @triton.jit
-def chunk_terms(view, start, multiplier, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def part_terms(view, start, multiplier, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Return the sums of both of ``set_terms`` over ``WIDTH`` elements of rows."""
     kind, _, _, entry, rows, _, _ = view
     offsets, mask = _places(entry, rows, start, WIDTH)
     y, d = _stored(view, offsets, mask)
     first, second = set_terms(kind, y, d, multiplier[:, None])
-    first = _add_neighbours(tl.where(mask, first, 0.0), ROWS, WIDTH)
-    return first, _add_neighbours(tl.where(mask, second, 0.0), ROWS, WIDTH)
+    first = add_neighbours(tl.where(mask, first, 0.0), ROWS, WIDTH)
+    return first, add_neighbours(tl.where(mask, second, 0.0), ROWS, WIDTH)
 
 
 @triton.jit
-def _row_sizes(view, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Return the sums of ``size_term`` over rows; those narrower than a chunk are one part."""
-    length = tl.load(view[3] + 4)
-    start = length * 0
-    if WIDTH < CHUNK:
-        return chunk_sizes(view, start, ROWS, WIDTH)
-    else:
-        lanes = tl.zeros([ROWS, _LANES], tl.float64)
-        while start < length:
-            total = chunk_sizes(view, start, ROWS, WIDTH)
-            lanes = _add_to_lane(lanes, total, start // WIDTH)
-            start += WIDTH
-        return add_lanes(lanes, ROWS)
+def _add_to_lane(lanes, part, number, LANES: tl.constexpr):
+    is_lane = tl.arange(0, LANES) == number % LANES
+    return lanes + tl.where(is_lane[None, :], part[:, None], 0.0)
 
 
 @triton.jit
-def _row_terms(view, multiplier, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Return the sums of both of ``set_terms`` over rows, likewise."""
+def _row_sizes(view, ROWS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr):
+    """Return the sums of ``size_term`` over rows."""
     length = tl.load(view[3] + 4)
+    lanes = tl.zeros([ROWS, LANES], tl.float64)
     start = length * 0
-    if WIDTH < CHUNK:
-        return chunk_terms(view, start, multiplier, ROWS, WIDTH)
-    else:
-        firsts = tl.zeros([ROWS, _LANES], tl.float64)
-        seconds = tl.zeros([ROWS, _LANES], tl.float64)
-        while start < length:
-            first, second = chunk_terms(view, start, multiplier, ROWS, WIDTH)
-            firsts = _add_to_lane(firsts, first, start // WIDTH)
-            seconds = _add_to_lane(seconds, second, start // WIDTH)
-            start += WIDTH
-        return add_lanes(firsts, ROWS), add_lanes(seconds, ROWS)
+    while start < length:
+        part = part_sizes(view, start, ROWS, WIDTH)
+        lanes = _add_to_lane(lanes, part, start // WIDTH, LANES)
+        start += WIDTH
+    return add_neighbours(lanes, ROWS, LANES)
+
+
+@triton.jit
+def _row_terms(view, multiplier, ROWS: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr):
+    """Return the sums of both of ``set_terms`` over rows."""
+    length = tl.load(view[3] + 4)
+    firsts = tl.zeros([ROWS, LANES], tl.float64)
+    seconds = tl.zeros([ROWS, LANES], tl.float64)
+    start = length * 0
+    while start < length:
+        first, second = part_terms(view, start, multiplier, ROWS, WIDTH)
+        firsts = _add_to_lane(firsts, first, start // WIDTH, LANES)
+        seconds = _add_to_lane(seconds, second, start // WIDTH, LANES)
+        start += WIDTH
+    return add_neighbours(firsts, ROWS, LANES), add_neighbours(seconds, ROWS, LANES)
 
 
 @triton.jit
@@ -252,12 +245,12 @@ def search(
     evaluations,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Return the multipliers, scales and states at the end of the rows' searches."""
     kind, size, _ = set_of(view[3])
     while tl.max((state == SEARCHING).to(tl.int32), axis=0) > 0:
-        first, second = _row_terms(view, multiplier, ROWS, WIDTH, CHUNK)
+        first, second = _row_terms(view, multiplier, ROWS, WIDTH, LANES)
         multiplier, scale, state = continue_search(
             kind, size, first, second, multiplier, scale, state, evaluations
         )
@@ -290,7 +283,7 @@ def project_kernel(
     DEVICE_SCALARS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Project rows from beginning to end.
 
@@ -317,12 +310,12 @@ def project_kernel(
         kind, size, tolerance = set_of(entry)
         exists = rows < tl.load(entry + 3)
         last = tl.load(multipliers, exists, other=0.0)
-        size_sum = _row_sizes(view, ROWS, WIDTH, CHUNK)
+        size_sum = _row_sizes(view, ROWS, WIDTH, LANES)
         multiplier, state = begin_search(kind, size, tolerance, size_sum, last)
         state = tl.where(exists, state, LEFT_ALONE)
         scale = tl.full([ROWS], 1.0, tl.float64)
         multiplier, scale, state = search(
-            view, multiplier, scale, state, index * 0, ROWS, WIDTH, CHUNK
+            view, multiplier, scale, state, index * 0, ROWS, WIDTH, LANES
         )
         tl.store(multipliers, multiplier, exists)
         length = tl.load(entry + 4)
