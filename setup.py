@@ -42,6 +42,7 @@ SOURCES = {
         "csrc/norm_cpu.cpp",
         "csrc/plan.cpp",
         "csrc/plan_triton.cpp",
+        "csrc/projection_cpu.cpp",
         "csrc/sharded_class.cpp",
         "csrc/steady_groups.cpp",
         "csrc/steady_sharded.cpp",

@@ -259,8 +259,8 @@ def project_rows(
         evaluations += 1
         is_last = multiplier != _ALL_ELEMENTS
         is_close = is_last & (excess.abs() <= _SEARCH_TOLERANCES[rows.kind] * rows.size)
-        is_stuck = (excess <= 0) & (evaluations > 1) | (following == multiplier)
-        is_stuck = is_last & ~is_close & (is_stuck | (evaluations >= _MOST_EVALUATIONS))
+        is_stuck = (is_last & (excess <= 0) & (evaluations > 1)) | (following == multiplier)
+        is_stuck = ~is_close & (is_stuck | (evaluations >= _MOST_EVALUATIONS))
         is_scaled = length > (0 if rows.kind == Simplex.kind else rows.size)
         scale = torch.where(searching & is_stuck & is_scaled, size / length, scale)
         multiplier = torch.where(searching & ~is_stuck, following, multiplier)

@@ -4,6 +4,8 @@
 #include <array>
 #include <memory>
 #include <string_view>
+#include <tuple>
+#include <utility>
 
 #include "plan.h"
 #include "plan_triton.h"
@@ -61,26 +63,68 @@ std::vector<const void*> addresses_of(const Tensors& tensors) {
   return addresses;
 }
 
+using Runs = std::vector<std::pair<int64_t, int64_t>>;  // sizes and strides
+
+void set_runs(const Runs& runs, const char* name, int64_t* count, int32_t* run_count,
+              int64_t* sizes, int64_t* strides) {
+  TORCH_CHECK(runs.size() <= CoupledRows::kMostRuns, name, " has ", runs.size(),
+              " runs of dimensions; at most ", CoupledRows::kMostRuns, " are supported");
+  *count = 1;
+  *run_count = static_cast<int32_t>(runs.size());
+  for (size_t i = 0; i < runs.size(); ++i) {
+    std::tie(sizes[i], strides[i]) = runs[i];
+    *count *= sizes[i];
+  }
+}
+
+CoupledRows coupled_rows(int kind, double size, double tolerance, const Runs& kept,
+                         const Runs& reduced) {
+  TORCH_CHECK(kind >= 0 && kind <= static_cast<int>(SetKind::simplex), "unknown set: ", kind);
+  TORCH_CHECK(!reduced.empty(), "reduced must have a run of dimensions");
+  CoupledRows rows{};
+  rows.set = {static_cast<SetKind>(kind), size, tolerance};
+  set_runs(kept, "kept", &rows.rows, &rows.kept_count, rows.kept_sizes, rows.kept_strides);
+  set_runs(reduced, "reduced", &rows.length, &rows.reduced_count, rows.reduced_sizes,
+           rows.reduced_strides);
+  return rows;
+}
+
+void check_multiplier(const at::Tensor& multiplier, const CoupledRows& rows, c10::Device device) {
+  TORCH_CHECK(multiplier.scalar_type() == at::kDouble && multiplier.device() == device &&
+                  multiplier.numel() == rows.rows && multiplier.is_non_overlapping_and_dense(),
+              "a multiplier must be dense, with a float64 for each of ", rows.rows, " rows, on ",
+              device);
+}
+
 // Binds the tensors of a bucket as adamal_kernels.bucket.Bucket holds it.
 void bind(Plan& plan, const Tensors& params, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-          const Tensors& max_exp_avg_sqs) {
+          const Tensors& max_exp_avg_sqs, const Tensors& multipliers,
+          const std::vector<CoupledRows>& sets) {
   const bool amsgrad = plan.second_moment() == SecondMoment::amsgrad;
   check_same_length(params.size(), exp_avgs.size(), "exp_avgs");
   check_same_length(params.size(), exp_avg_sqs.size(), "exp_avg_sqs");
   check_same_length(amsgrad ? params.size() : 0, max_exp_avg_sqs.size(), "max_exp_avg_sqs");
+  check_same_length(sets.empty() ? 0 : params.size(), sets.size(), "sets");
+  check_same_length(sets.size(), multipliers.size(), "multipliers");
   std::vector<TensorEntry> entries;
   for (size_t i = 0; i < params.size(); ++i) {
+    double* multiplier = nullptr;
+    if (!sets.empty()) {
+      check_multiplier(multipliers[i], sets[i], plan.device());
+      multiplier = multipliers[i].data_ptr<double>();
+    }
     entries.push_back({params[i].data_ptr(), exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(),
-                       amsgrad ? max_exp_avg_sqs[i].data_ptr() : nullptr, params[i].numel()});
+                       amsgrad ? max_exp_avg_sqs[i].data_ptr() : nullptr, params[i].numel(),
+                       multiplier});
   }
-  plan.bind(entries);
+  plan.bind(entries, sets);
 }
 
 // Of gradients alone: binds no other tensors, so the plan is not one that steps.
 at::Tensor squared_norm(Plan& plan, const Tensors& grads) {
   std::vector<TensorEntry> entries;
   for (const at::Tensor& grad : grads) {
-    entries.push_back({nullptr, nullptr, nullptr, nullptr, grad.numel()});
+    entries.push_back({nullptr, nullptr, nullptr, nullptr, grad.numel(), nullptr});
   }
   plan.bind(entries);
   return plan.squared_norm(addresses_of(grads));
@@ -167,9 +211,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Plans of adamal_kernels and the CPU step.";
   m.attr("dtype_pair_count") = kDtypePairCount;
 
+  py::class_<CoupledRows>(m, "CoupledRows")
+      .def(py::init(&coupled_rows), py::arg("kind"), py::arg("size"), py::arg("tolerance"),
+           py::arg("kept"), py::arg("reduced"));
   py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan")
       .def("bind", &bind, py::arg("params"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
-           py::arg("max_exp_avg_sqs"))
+           py::arg("max_exp_avg_sqs"), py::arg("multipliers"), py::arg("sets"))
       .def("step", &step, py::arg("grads"), py::arg("scalars"), py::arg("rows"))
       .def("step_on_device", &step_on_device, py::arg("grads"), py::arg("options"),
            py::arg("scalar_tensors"), py::arg("rows"), py::arg("counts"), py::kw_only(),
@@ -230,9 +277,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<const py::list&, const py::dict&, const std::vector<std::optional<Membership>>&,
                     std::vector<BoundOptions>, std::vector<std::shared_ptr<Plan>>,
                     const std::vector<at::Tensor>&, const std::vector<bool>&,
-                    std::shared_ptr<ShardedClass>>(),
+                    std::shared_ptr<ShardedClass>, std::vector<std::vector<CoupledRows>>>(),
            py::arg("groups"), py::arg("state"), py::arg("members"), py::arg("options"),
-           py::arg("plans"), py::arg("steps"), py::arg("on_device"), py::arg("sharded"))
+           py::arg("plans"), py::arg("steps"), py::arg("on_device"), py::arg("sharded"),
+           py::arg("sets"))
       .def_property_readonly("plan_count", &SteadyState::plan_count)
       .def_property_readonly("row_count", &SteadyState::row_count)
       .def("bind", &SteadyState::bind, py::arg("state"))

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "adamal_math.h"
+#include "coupled_rows.h"
 #include "device_scalars.h"
 #include "dtypes.h"
 
@@ -16,11 +17,13 @@ struct TensorEntry {
   void* exp_avg_sq;
   void* max_exp_avg_sq;  // nullptr unless amsgrad
   int64_t numel;
+  double* multipliers;  // a row each; nullptr unless the tensor's set couples elements
 };
 
 inline bool operator==(const TensorEntry& a, const TensorEntry& b) {
   return a.param == b.param && a.exp_avg == b.exp_avg && a.exp_avg_sq == b.exp_avg_sq &&
-         a.max_exp_avg_sq == b.max_exp_avg_sq && a.numel == b.numel;
+         a.max_exp_avg_sq == b.max_exp_avg_sq && a.numel == b.numel &&
+         a.multipliers == b.multipliers;
 }
 
 // Elements [chunk * n, (chunk + 1) * n) of a tensor, where n is the backend's chunk size.
@@ -42,6 +45,7 @@ struct Bucket {
   const StepScalars<double>* scalars;
   int64_t scalar_count;
   const DeviceScalars* device;  // instead of scalars; else null
+  const CoupledRows* sets;      // per tensor; null where no set couples elements
 };
 
 // What selects a kernel, as types.

@@ -1,5 +1,6 @@
 // Sets that couple the elements of a row: balls and simplices, projected onto in the metric
-// diag(d). One element's terms and a row's search for its multiplier, on the host and on the device.
+// diag(d). One element's terms and a row's search for its multiplier, on the host and on the
+// device.
 //
 // The nearest point has one unknown a row, its multiplier, which Newton's method finds: every
 // evaluation adds two terms of each element, in the order of gradient_norm.h. All is float64, each
@@ -153,8 +154,9 @@ ADAMAL_HD inline void continue_search(const CoupledSet& set, SetTerms sums, RowS
   const bool is_below = search->evaluations > 0 && excess <= 0;
   ++search->evaluations;
   const bool is_close = !all && distance <= search_tolerance(set.kind) * set.size;
-  const bool is_stuck = !all && !is_close &&
-                        (is_below || next == before || search->evaluations >= kMostEvaluations);
+  // Where no element can move, the multiplier cannot either, not even from kAllElements.
+  const bool is_stuck = !is_close && ((is_below && !all) || next == before ||
+                                      search->evaluations >= kMostEvaluations);
   if (is_close || is_stuck) search->state = SearchState::found;
   if (!is_stuck) {
     search->multiplier = next;

@@ -1,33 +1,13 @@
-// The sums of squares on the CPU: trees of whole vectors, which compilers vectorise.
+// The sums of squares on the CPU.
 #include <algorithm>
-#include <utility>
 
 #include "gradient_norm.h"
 #include "multiversioned.h"
 #include "step.h"
+#include "tree_sum.h"
 
 namespace adamal {
 namespace {
-
-inline int64_t power_of_two_from(int64_t count) {
-  int64_t power = 1;
-  while (power < count) power *= 2;
-  return power;
-}
-
-ADAMAL_MULTIVERSIONED void add_pairs(const double* __restrict values, double* __restrict sums,
-                                     int64_t count) {
-  for (int64_t i = 0; i < count; ++i) sums[i] = values[2 * i] + values[2 * i + 1];
-}
-
-// Adds `count` values, a power of two, by the tree; both arrays are written.
-double add_tree(double* values, double* other, int64_t count) {
-  for (; count > 1; count /= 2) {
-    add_pairs(values, other, count / 2);
-    std::swap(values, other);
-  }
-  return values[0];
-}
 
 template <typename T, typename Grad>
 ADAMAL_MULTIVERSIONED void square_all(const Grad* __restrict grad, double* __restrict squares,

@@ -18,10 +18,41 @@ constexpr int64_t kParallelElements = 262144;
 // What a work item costs besides its elements, in elements: look-ups and the loop's ends.
 constexpr int64_t kItemOverhead = 64;
 
+// Calls body(first, last) for shares of pieces of work, on torch's CPU threads. They are shared out
+// by cost, not by pieces: a ragged bucket would keep one thread waiting.
+template <typename Body>
+void for_shares(const std::vector<int64_t>& cost_before, const Body& body) {
+  const auto count = static_cast<int64_t>(cost_before.size()) - 1;
+  at::parallel_for(0, cost_before.back(), kParallelElements, [&](int64_t first, int64_t last) {
+    const auto piece_at = [&](int64_t cost) {
+      return std::lower_bound(cost_before.begin(), cost_before.end(), cost) - cost_before.begin();
+    };
+    body(piece_at(first), std::min<int64_t>(piece_at(last), count));
+  });
+}
+
+void check_sets(const std::vector<TensorEntry>& tensors, const std::vector<CoupledRows>& sets) {
+  TORCH_CHECK(sets.size() == tensors.size(), "a bucket of ", tensors.size(), " parameters has ",
+              sets.size(), " sets");
+  for (size_t i = 0; i < sets.size(); ++i) {
+    TORCH_CHECK(covers(sets[i], tensors[i].numel), "the ", sets[i].rows, " rows of ",
+                sets[i].length, " elements of a set do not make up the ", tensors[i].numel,
+                " elements of parameter ", i);
+    TORCH_CHECK(tensors[i].multipliers != nullptr || tensors[i].numel == 0, "parameter ", i,
+                " has a set and no multipliers");
+  }
+}
+
 }  // namespace
 
-void Plan::bind(const std::vector<TensorEntry>& tensors) {
-  if (tensors == tensors_) return;
+void Plan::bind(const std::vector<TensorEntry>& tensors, const std::vector<CoupledRows>& sets) {
+  if (tensors == tensors_ && sets == sets_) return;
+  if (!sets.empty()) {
+    TORCH_CHECK(can_project(),
+                "projection: this backend has no kernels for sets that couple elements; use "
+                "backend='foreach'");
+    check_sets(tensors, sets);
+  }
   items_.clear();
   for (size_t i = 0; i < tensors.size(); ++i) {
     const int64_t chunks = (tensors[i].numel + chunk_ - 1) / chunk_;
@@ -32,6 +63,7 @@ void Plan::bind(const std::vector<TensorEntry>& tensors) {
     }
   }
   tensors_ = tensors;
+  sets_ = sets;
   on_bound();
 }
 
@@ -41,7 +73,7 @@ Bucket Plan::bucket_of(const std::vector<const void*>& grads, const uint32_t* ro
           items_.data(),   static_cast<int64_t>(items_.size()),
           grads.data(),    rows,
           nullptr,         0,
-          nullptr};
+          nullptr,         sets_.empty() ? nullptr : sets_.data()};
 }
 
 void Plan::step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
@@ -74,18 +106,7 @@ void CpuPlan::on_bound() {
     const int64_t left = tensors()[items()[i].tensor].numel - items()[i].chunk * kCpuChunk;
     cost_before_[i + 1] = cost_before_[i] + std::min(kCpuChunk, left) + kItemOverhead;
   }
-}
-
-template <typename Body>
-void CpuPlan::for_items(const Bucket& bucket, const Body& body) const {
-  // Shared out by cost, not by items: a ragged bucket would keep one thread waiting.
-  at::parallel_for(0, cost_before_.back(), kParallelElements, [&](int64_t first, int64_t last) {
-    const auto item_at = [&](int64_t cost) {
-      return std::lower_bound(cost_before_.begin(), cost_before_.end(), cost) -
-             cost_before_.begin();
-    };
-    body(item_at(first), std::min<int64_t>(item_at(last), bucket.item_count));
-  });
+  if (!sets().empty()) projected_.bind(tensors(), sets(), dtypes().param);
 }
 
 void CpuPlan::launch(const Bucket& bucket) {
@@ -115,12 +136,17 @@ void CpuPlan::launch(const Bucket& bucket) {
 }
 
 void CpuPlan::launch_by_rows(const Bucket& bucket) {
-  for_items(bucket, [&](int64_t first, int64_t last) { step_cpu(bucket, first, last); });
+  if (bucket.sets != nullptr) {
+    projected_.step(bucket, [](const std::vector<int64_t>& cost_before,
+                               const ProjectedStep::Body& body) { for_shares(cost_before, body); });
+    return;
+  }
+  for_shares(cost_before_, [&](int64_t first, int64_t last) { step_cpu(bucket, first, last); });
 }
 
 at::Tensor CpuPlan::launch_squared_norm(const Bucket& bucket) {
   std::vector<double> chunk_sums(bucket.item_count * kNormChunksPerItem);
-  for_items(bucket, [&](int64_t first, int64_t last) {
+  for_shares(cost_before_, [&](int64_t first, int64_t last) {
     squared_norm_items_cpu(bucket, first, last, chunk_sums.data());
   });
   std::vector<double> sums(bucket.tensor_count);

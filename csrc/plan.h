@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda_api.h"
+#include "projection_cpu.h"
 #include "step.h"
 
 namespace adamal {
@@ -26,7 +27,8 @@ class Plan {
 
   // Binds the tensors of the next steps. What is compared with the last binding is what kernels
   // read, addresses and sizes: a table that compares equal is right whoever owns the tensors now.
-  void bind(const std::vector<TensorEntry>& tensors);
+  // `sets` has an entry for every tensor, or none.
+  void bind(const std::vector<TensorEntry>& tensors, const std::vector<CoupledRows>& sets = {});
 
   // Steps the bound tensors: tensor i by scalars[rows[i]], or not at all where grads[i] is null.
   void step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
@@ -48,10 +50,13 @@ class Plan {
   const std::vector<TensorEntry>& tensors() const { return tensors_; }
 
  protected:
+  const std::vector<CoupledRows>& sets() const { return sets_; }
   const std::vector<WorkItem>& items() const { return items_; }
   Bucket bucket_of(const std::vector<const void*>& grads, const uint32_t* rows) const;
 
  private:
+  // Whether the plan can step tensors whose sets couple elements.
+  virtual bool can_project() const { return false; }
   virtual void on_bound() = 0;
   virtual void launch(const Bucket& bucket) = 0;
   virtual at::Tensor launch_squared_norm(const Bucket& bucket) = 0;
@@ -61,6 +66,7 @@ class Plan {
   c10::Device device_;
   int64_t chunk_;
   std::vector<TensorEntry> tensors_;
+  std::vector<CoupledRows> sets_;
   std::vector<WorkItem> items_;
 };
 
@@ -71,15 +77,14 @@ class CpuPlan : public Plan {
       : Plan(pair, second_moment, c10::Device(c10::kCPU), kCpuChunk) {}
 
  private:
+  bool can_project() const override { return true; }
   void on_bound() override;
   void launch(const Bucket& bucket) override;
   void launch_by_rows(const Bucket& bucket);
   at::Tensor launch_squared_norm(const Bucket& bucket) override;
-  // Calls body(first_item, last_item) for shares of the items, on torch's CPU threads.
-  template <typename Body>
-  void for_items(const Bucket& bucket, const Body& body) const;
 
   std::vector<int64_t> cost_before_;  // of item i: that of all items before it
+  ProjectedStep projected_;           // of a bucket with sets
 };
 
 // Steps on the device's current stream. A copy of the tables is kept on the device.

@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -17,10 +18,11 @@ namespace {
 
 // The state's keys, interned once: a dict's own keys are nearly always the same objects.
 struct StateKeys {
-  enum Key { step, exp_avg, exp_avg_sq, max_exp_avg_sq, other };
+  enum Key { step, exp_avg, exp_avg_sq, max_exp_avg_sq, multiplier, other };
   PyObject* names[other] = {
       PyUnicode_InternFromString("step"), PyUnicode_InternFromString("exp_avg"),
-      PyUnicode_InternFromString("exp_avg_sq"), PyUnicode_InternFromString("max_exp_avg_sq")};
+      PyUnicode_InternFromString("exp_avg_sq"), PyUnicode_InternFromString("max_exp_avg_sq"),
+      PyUnicode_InternFromString("multiplier")};
 
   Key find(PyObject* key) const {
     for (int i = 0; i < other; ++i) {
@@ -73,6 +75,19 @@ std::vector<bool> have_state(const std::vector<std::optional<Membership>>& membe
   return have;
 }
 
+std::vector<int64_t> layout_of(const c10::TensorImpl& tensor) {
+  std::vector<int64_t> layout = tensor.sizes().vec();
+  layout.insert(layout.end(), tensor.strides().begin(), tensor.strides().end());
+  return layout;
+}
+
+bool has_layout(const c10::TensorImpl& tensor, const std::vector<int64_t>& layout) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  return sizes.size() + strides.size() == layout.size() &&
+         std::equal(sizes.begin(), sizes.end(), layout.begin()) &&
+         std::equal(strides.begin(), strides.end(), layout.begin() + sizes.size());
+}
+
 double number_of(const std::optional<at::Tensor>& tensor) { return tensor->item<double>(); }
 
 // The twin of hyperparameters.StepInputs.factor_on_host.
@@ -102,7 +117,8 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
                          std::vector<BoundOptions> options,
                          std::vector<std::shared_ptr<Plan>> plans,
                          const std::vector<at::Tensor>& steps, const std::vector<bool>& on_device,
-                         std::shared_ptr<ShardedClass> sharded)
+                         std::shared_ptr<ShardedClass> sharded,
+                         std::vector<std::vector<CoupledRows>> sets)
     : groups_(groups, have_state(members), std::move(options)), sharded_(std::move(sharded)) {
   for (size_t i = 0; i < plans.size(); ++i) {
     PlanStep& step = plans_.emplace_back();
@@ -116,6 +132,9 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
     step.counts = step.steps.mutable_data_ptr<float>();
     step.on_device = on_device.at(i);
     step.host_counts = step.steps.is_cpu();
+    step.sets = std::move(sets.at(i));
+    step.state_tensors = 3 + (step.plan->second_moment() == SecondMoment::amsgrad) +
+                         static_cast<int>(!step.sets.empty());
   }
 
   std::unordered_map<PyObject*, int64_t> member_of;
@@ -133,6 +152,10 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
                           static_cast<uint32_t>(step.grads.size()),
                           static_cast<uint32_t>(found->options), tensor.is_complex(), is_sharded,
                           tensor.key_set()});
+      if (!step.sets.empty()) {
+        TORCH_CHECK(!is_sharded, "a set whose elements are spread over processes is not bound");
+        step.layouts.push_back(layout_of(*tensor.unsafeGetTensorImpl()));
+      }
       step.grads.push_back(nullptr);
       step.rows.push_back(0);
     }
@@ -142,6 +165,8 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
     TORCH_CHECK(step.steps.device() == device && step.steps.is_contiguous() &&
                     step.steps.numel() == static_cast<int64_t>(step.grads.size()),
                 "steps must be one float32 for each parameter of a plan, on ", device);
+    TORCH_CHECK(step.sets.empty() || step.sets.size() == step.grads.size(), "a plan of ",
+                step.grads.size(), " parameters has ", step.sets.size(), " sets");
   }
   last_rows_.resize(groups_.options().size());
   footprints_.resize(members_.size());
@@ -182,7 +207,7 @@ bool SteadyState::bind(const py::handle& state) {
     ++bound;
   }
   if (bound != members_.size()) return false;
-  for (size_t i = 0; i < plans_.size(); ++i) plans_[i].plan->bind(entries[i]);
+  for (size_t i = 0; i < plans_.size(); ++i) plans_[i].plan->bind(entries[i], plans_[i].sets);
   for (PlanStep& step : plans_) step.plan->prepare();
   return true;
 }
@@ -383,8 +408,13 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
   }
   const ParamLayout layout(param);
   if (!layout.has_memory(param, param_type.bytes)) return false;
-  *entry = {layout.mutable_address(param, param_type.bytes), nullptr, nullptr, nullptr,
-            layout.numel() << member.is_complex};
+  if (!step.sets.empty() && !has_layout(param, step.layouts[member.slot])) return false;
+  *entry = {layout.mutable_address(param, param_type.bytes),
+            nullptr,
+            nullptr,
+            nullptr,
+            layout.numel() << member.is_complex,
+            nullptr};
   footprint.values = values;
   footprint.grad = gradient_slot(owner);
   footprint.version_counter = counter_of(param.version_counter());
@@ -395,13 +425,16 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
   if (!PyDict_CheckExact(values)) return false;
   const StateKeys& keys = state_keys();
   const bool amsgrad = step.plan->second_moment() == SecondMoment::amsgrad;
-  const int expected = amsgrad ? 4 : 3;
+  const int expected = step.state_tensors;
   int found = 0;
   PyObject *key, *value;
   Py_ssize_t position = 0;
   while (found < expected && PyDict_Next(values, &position, &key, &value)) {
     const StateKeys::Key name = keys.find(key);
-    if (name == StateKeys::other || (name == StateKeys::max_exp_avg_sq && !amsgrad)) continue;
+    if (name == StateKeys::other || (name == StateKeys::max_exp_avg_sq && !amsgrad) ||
+        (name == StateKeys::multiplier && step.sets.empty())) {
+      continue;
+    }
     if (member.is_sharded && name != StateKeys::step) {
       value = part_of(index, value, static_cast<Specs::Which>(name));
       if (value == nullptr) return false;
@@ -420,6 +453,11 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
       const bool counts = !step.host_counts ||
                           (step.counts[member.slot] >= 0 && step.counts[member.slot] <= kMostSteps);
       if (!counts) return false;
+      continue;
+    }
+    if (name == StateKeys::multiplier) {
+      if (!read_multipliers(member, tensor, entry)) return false;
+      footprint.storages[found] = tensor.unsafe_storage().unsafeGetStorageImpl();
       continue;
     }
     const ElementType moment_type = step.moment_types[member.is_complex];
@@ -443,6 +481,24 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
                              : read_gradient(index, layout, tensor, grad);
   }
   if (member.is_sharded) specs_[index].seen[Specs::grad] = nullptr;
+  return true;
+}
+
+bool SteadyState::read_multipliers(const Member& member, const c10::TensorImpl& tensor,
+                                   TensorEntry* entry) const {
+  const PlanStep& step = plans_[member.plan];
+  const int64_t rows = step.sets[member.slot].rows;
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(double));
+  if (tensor.key_set() != member.key_set || tensor.dtype() != caffe2::TypeMeta::Make<double>() ||
+      tensor.device() != step.plan->device() || tensor.numel() != rows ||
+      !tensor.is_non_overlapping_and_dense()) {
+    return false;
+  }
+  if (rows == 0) return true;
+  const auto bytes = static_cast<int64_t>(tensor.unsafe_storage().nbytes());
+  if (bytes < (tensor.storage_offset() + rows) * kBytes) return false;
+  void* const storage = tensor.unsafe_storage().unsafeGetStorageImpl()->mutable_data();
+  entry->multipliers = static_cast<double*>(storage) + tensor.storage_offset();
   return true;
 }
 

@@ -34,12 +34,13 @@ class SteadyState {
   // state. `steps` holds, for each plan, the step counts of its parameters in that order, and each
   // one's state[p]["step"] is a view of it: on the plan's device where `on_device`, which derives
   // its scalars there, else on the CPU. `sharded` is the class of those parameters that are spread
-  // over processes, whose own part is what is stepped; null where there are none.
+  // over processes, whose own part is what is stepped; null where there are none. `sets` holds, for
+  // each plan, the sets of its parameters in that order, if they couple elements; else nothing.
   SteadyState(const pybind11::list& groups, const pybind11::dict& state,
               const std::vector<std::optional<Membership>>& members,
               std::vector<BoundOptions> options, std::vector<std::shared_ptr<Plan>> plans,
               const std::vector<at::Tensor>& steps, const std::vector<bool>& on_device,
-              std::shared_ptr<ShardedClass> sharded);
+              std::shared_ptr<ShardedClass> sharded, std::vector<std::vector<CoupledRows>> sets);
 
   // Hands the plans the tensors' addresses; false if some tensor is no ordinary one: then this
   // cannot be used. To be called once, before the first step.
@@ -95,7 +96,7 @@ class SteadyState {
   // Where the last step found what the next one will read: thousands of small objects all over
   // memory, which are prefetched some members ahead. Never followed, so they may be out of date.
   struct Footprint {
-    static constexpr int kTensors = 5;  // parameter, moments, step
+    static constexpr int kTensors = 6;  // parameter, moments, step, multiplier
     PyObject* values = nullptr;
     const void* grad = nullptr;
     const void* version_counter = nullptr;
@@ -119,6 +120,10 @@ class SteadyState {
     at::Tensor steps;
     const c10::StorageImpl* steps_storage;
     float* counts;
+    // By slot, if the sets couple elements: the sets, and the sizes and strides they are for.
+    std::vector<CoupledRows> sets;
+    std::vector<std::vector<int64_t>> layouts;
+    int state_tensors;  // of a parameter
     bool on_device;
     bool host_counts;  // else they are not read: that would be to wait for the device
     bool has_grads;
@@ -134,6 +139,9 @@ class SteadyState {
   void for_members(const Body& body);
   // Reads a member's tensors; false where one is not as it was checked.
   bool read_member(size_t index, PyObject* values, TensorEntry* entry, const void** grad);
+  // Reads the multipliers of one with a set; false where they are not as they were checked.
+  bool read_multipliers(const Member& member, const c10::TensorImpl& tensor,
+                        TensorEntry* entry) const;
   bool read_gradient(size_t index, const ParamLayout& layout, const c10::TensorImpl& gradient,
                      const void** grad) const;
   void prefetch(size_t index, size_t end) const;

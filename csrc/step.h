@@ -29,6 +29,9 @@ constexpr int64_t cuda_chunk(int pair) {
 // Steps the work items [first_item, last_item), serially; disjoint ranges may run in parallel.
 void step_cpu(const Bucket& bucket, int64_t first_item, int64_t last_item);
 
+// Steps elements [first, first + count) of one tensor; does not project.
+void step_elements_cpu(const Bucket& bucket, uint32_t tensor, int64_t first, int64_t count);
+
 // The squares of the gradients of work items [first_item, last_item), added up by chunk:
 // kNormChunksPerItem sums an item, 0 where there is nothing. Disjoint ranges may run in parallel.
 inline constexpr int64_t kNormChunksPerItem = kCpuChunk / 1024;

@@ -49,7 +49,7 @@ ADAMAL_MULTIVERSIONED void step_span(Param* __restrict param, const Grad* __rest
   }
 }
 
-// The streams of one work item; grad is null where the tensor has none.
+// The streams of some elements of a tensor; grad is null where it has none.
 template <typename Param, typename Grad, typename T>
 struct Span {
   Param* param;
@@ -59,11 +59,14 @@ struct Span {
   T* max_exp_avg_sq;
   int64_t count;
 
-  Span(const Bucket& bucket, WorkItem item) : grad(nullptr) {
-    const TensorEntry& tensor = bucket.tensors[item.tensor];
-    const int64_t offset = item.chunk * kCpuChunk;
+  Span(const Bucket& bucket, WorkItem item)
+      : Span(bucket, item.tensor, item.chunk * kCpuChunk, kCpuChunk) {}
+
+  // At most `most` elements.
+  Span(const Bucket& bucket, uint32_t index, int64_t offset, int64_t most) : grad(nullptr) {
+    const TensorEntry& tensor = bucket.tensors[index];
     param = static_cast<Param*>(tensor.param) + offset;
-    if (const void* first = bucket.grads[item.tensor]) {
+    if (const void* first = bucket.grads[index]) {
       grad = static_cast<const Grad*>(first) + offset;
     }
     exp_avg = static_cast<T*>(tensor.exp_avg) + offset;
@@ -71,7 +74,7 @@ struct Span {
     max_exp_avg_sq = tensor.max_exp_avg_sq == nullptr
                          ? nullptr
                          : static_cast<T*>(tensor.max_exp_avg_sq) + offset;
-    count = std::min(kCpuChunk, tensor.numel - offset);
+    count = std::min(most, tensor.numel - offset);
   }
 
   void prefetch_start() const {
@@ -113,6 +116,18 @@ void step_cpu(const Bucket& bucket, int64_t first_item, int64_t last_item) {
     using Kernel = decltype(kernel);
     step_items<Kernel::kSecondMoment, typename Kernel::Param, typename Kernel::Grad>(
         bucket, first_item, last_item);
+  });
+}
+
+void step_elements_cpu(const Bucket& bucket, uint32_t tensor, int64_t first, int64_t count) {
+  if (bucket.grads[tensor] == nullptr) return;
+  dispatch(bucket, [&](auto kernel) {
+    using Kernel = decltype(kernel);
+    using T = ComputeType<typename Kernel::Param>;
+    const Span<typename Kernel::Param, typename Kernel::Grad, T> span(bucket, tensor, first, count);
+    step_span<Kernel::kSecondMoment>(span.param, span.grad, span.exp_avg, span.exp_avg_sq,
+                                     span.max_exp_avg_sq, span.count,
+                                     StepScalars<T>(bucket.scalars[bucket.rows[tensor]]));
   });
 }
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from adamal_kernels.coupled import CoupledRows
 from adamal_kernels.hyperparameters import StepOptions, StepScalars
 
 Array = npt.NDArray[Any]
@@ -58,6 +59,8 @@ class Command(IntEnum):
     STEP_ON_DEVICE = 6
     NORM_CPU = 7
     NORM_CUDA = 8
+    PROJECT_SERIALLY = 9
+    PROJECT_CPU = 10
 
 
 @dataclass
@@ -126,6 +129,23 @@ class DeviceResult:
 
 
 @dataclass
+class SetCase:
+    """The set of a tensor, and what its rows' searches start from."""
+
+    rows: CoupledRows
+    multipliers: Array
+    """Float64, one a row."""
+
+
+@dataclass
+class ProjectResult:
+    """The tensors after a step and its projection, and the multipliers found."""
+
+    tensors: list[TensorCase]
+    multipliers: list[Array]
+
+
+@dataclass
 class Capacity:
     """What the parameters of a launch hold."""
 
@@ -161,7 +181,8 @@ def build_harness(
     """
     compiler = os.environ.get("CXX", "g++")
     flags = (*COMMON_FLAGS, *(SANITIZER_FLAGS if sanitize else ()))
-    sources = (HARNESS_SOURCE, csrc / "norm_cpu.cpp", csrc / "step_cpu.cpp")
+    kernels = ("norm_cpu.cpp", "projection_cpu.cpp", "step_cpu.cpp")
+    sources = (HARNESS_SOURCE, *(csrc / name for name in kernels))
     digest = hashlib.sha256(repr((compiler, flags)).encode())
     for path in (*sources, *sorted(HARNESS_SOURCE.parent.glob("*.h")), *sorted(csrc.glob("*.h"))):
         digest.update(path.read_bytes())
@@ -268,6 +289,24 @@ class Harness:
         assert taken.offset == len(output)
         return results
 
+    def project(
+        self, command: Command, cases: Sequence[StepCase], sets: Sequence[Sequence[SetCase]]
+    ) -> list[ProjectResult]:
+        """Step and project every case, a set a tensor: by threads' shares, or serially."""
+        payload = b"".join(
+            part
+            for case, of_case in zip(cases, sets, strict=True)
+            for part in (*_step_input(command, case), *map(_set_input, of_case))
+        )
+        output = self._run(payload)
+        taken = _Taken(output)
+        results = []
+        for case, of_case in zip(cases, sets, strict=True):
+            multipliers = [taken.array(np.dtype(np.float64), each.rows.rows) for each in of_case]
+            results.append(ProjectResult(taken.tensors(case), multipliers))
+        assert taken.offset == len(output)
+        return results
+
     def _run(self, payload: bytes) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder, "input"), Path(folder, "output")
@@ -293,13 +332,13 @@ class _Taken:
 
     def integers(self, count: int) -> list[int]:
         """Return the next integers."""
-        return self._array(np.dtype(np.int64), count).tolist()
+        return self.array(np.dtype(np.int64), count).tolist()
 
     def tensors(self, case: StepCase) -> list[TensorCase]:
         """Return the tensors of a case as the step left them."""
 
         def take(like: Array | None) -> Array | None:
-            return None if like is None else self._array(like.dtype, like.size)
+            return None if like is None else self.array(like.dtype, like.size)
 
         return [
             TensorCase(
@@ -312,7 +351,8 @@ class _Taken:
             for tensor in case.tensors
         ]
 
-    def _array(self, dtype: np.dtype[Any], count: int) -> Array:
+    def array(self, dtype: np.dtype[Any], count: int) -> Array:
+        """Return the next numbers of a type."""
         array = np.frombuffer(self._output, dtype, count, self.offset).copy()
         self.offset += array.nbytes
         return array
@@ -339,6 +379,15 @@ def _step_input(command: Command, case: StepCase) -> Iterable[bytes]:
         for stream in streams:
             if stream is not None:
                 yield stream.tobytes()
+
+
+def _set_input(each: SetCase) -> bytes:
+    rows = each.rows
+    assert each.multipliers.shape == (rows.rows,)
+    payload = struct.pack("<qdd", rows.kind, rows.size, rows.tolerance)
+    for runs in (rows.kept, rows.reduced):
+        payload += _integers(len(runs), *(number for run in runs for number in run))
+    return payload + each.multipliers.astype(np.float64).tobytes()
 
 
 def _device_input(device: DeviceCase) -> bytes:

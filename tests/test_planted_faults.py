@@ -102,7 +102,7 @@ Check = Callable[[Harness], None]
 
 MATH, WALK = "csrc/adamal_math.h", "csrc/multi_tensor.h"
 LAUNCH, CPU, STORAGE = "csrc/launch_params.h", "csrc/step_cpu.cpp", "csrc/storage.h"
-DEVICE, NORM, NORM_CPU = "csrc/device_scalars.h", "csrc/gradient_norm.h", "csrc/norm_cpu.cpp"
+DEVICE, NORM, TREE = "csrc/device_scalars.h", "csrc/gradient_norm.h", "csrc/tree_sum.h"
 
 # Name -> the fault, and what catches it without sanitizers.
 NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
@@ -143,7 +143,7 @@ NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
         norms,
     ),
     "the CPU tree ends early": (
-        Fault(NORM_CPU, "for (; count > 1; count /= 2)", "for (; count > 2; count /= 2)"),
+        Fault(TREE, "for (; count > 1; count /= 2)", "for (; count > 2; count /= 2)"),
         norms,
     ),
     "the clamp is flipped": (

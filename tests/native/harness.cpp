@@ -16,6 +16,8 @@
 #include "launch_params.h"
 #include "multi_tensor.h"
 #include "owned_bucket.h"
+#include "owned_sets.h"
+#include "projection_cpu.h"
 #include "step.h"
 #include "storage.h"
 
@@ -33,7 +35,9 @@ enum class Command : int64_t {
   step_cuda,
   step_on_device,
   norm_cpu,
-  norm_cuda
+  norm_cuda,
+  project_serially,
+  project_cpu
 };
 
 template <typename Int>
@@ -232,6 +236,26 @@ void run_norm_cpu(OwnedBucket& bucket, Output& output) {
   output.array(sums);
 }
 
+// Random shares of the work, in random order.
+void run_project_cpu(OwnedBucket& bucket, const OwnedSets& sets) {
+  std::mt19937_64 random(bucket.seed);
+  ProjectedStep projected;
+  projected.bind(bucket.tensors, sets.sets, kDtypePairs[bucket.view.pair].param);
+  const auto for_shares = [&](const std::vector<int64_t>& cost_before,
+                              const ProjectedStep::Body& body) {
+    const auto count = static_cast<int64_t>(cost_before.size()) - 1;
+    std::vector<int64_t> ends{0};
+    while (ends.back() < count) {
+      ends.push_back(std::min<int64_t>(count, ends.back() + 1 + random() % 4));
+    }
+    for (const int64_t i : shuffled(static_cast<int64_t>(ends.size()) - 1, random)) {
+      if (cost_before[ends[i]] >= cost_before[ends[i + 1]]) fail("a share that costs nothing");
+      body(ends[i], ends[i + 1]);
+    }
+  };
+  projected.step(bucket.view, for_shares);
+}
+
 template <typename Storage>
 void decode_all(const std::vector<uint16_t>& stored, Output& output) {
   std::vector<float> values;
@@ -321,6 +345,21 @@ void run(Input& input, Output& output) {
     case Command::norm_cuda: {
       OwnedBucket bucket(input, /*for_cpu=*/false);
       return run_norm_cuda(bucket, output);
+    }
+    case Command::project_serially: {
+      OwnedBucket bucket(input, /*for_cpu=*/true);
+      const OwnedSets sets(input, bucket);
+      step_cpu(bucket.view, 0, bucket.view.item_count);
+      project_serially(bucket.view);
+      sets.write(output);
+      return bucket.write(output);
+    }
+    case Command::project_cpu: {
+      OwnedBucket bucket(input, /*for_cpu=*/true);
+      const OwnedSets sets(input, bucket);
+      run_project_cpu(bucket, sets);
+      sets.write(output);
+      return bucket.write(output);
     }
   }
   fail("no such command");

@@ -200,7 +200,8 @@ struct OwnedBucket {
                                                 read_only[i] != 0);
       data[i] = streams.back()->data();
     }
-    tensors.push_back({data[kParam], data[kExpAvg], data[kExpAvgSq], data[kMaxExpAvgSq], numel});
+    tensors.push_back(
+        {data[kParam], data[kExpAvg], data[kExpAvgSq], data[kMaxExpAvgSq], numel, nullptr});
     grads.push_back(data[kGrad]);
   }
 

@@ -1,0 +1,535 @@
+#include "projection_cpu.h"
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+
+#include "multiversioned.h"
+#include "step.h"
+#include "storage.h"
+#include "tree_sum.h"
+
+namespace adamal {
+namespace {
+
+// What a piece of work costs besides its elements, in elements.
+constexpr int64_t kPieceOverhead = 64;
+// Scattered rows that are neighbours share cache lines: of float32, this many a line.
+constexpr int32_t kMostRows = 16;
+// Elements whose values and metric a thread holds at once: half a megabyte, within the L2 cache.
+constexpr int64_t kTileElements = 32768;
+static_assert(kTileElements / kMostRows >= kNormChunk<float> && kTileElements >= kCpuChunk);
+
+template <SetKind kKind>
+using KindConstant = std::integral_constant<SetKind, kKind>;
+
+template <typename Call>
+auto with_kind(SetKind kind, Call&& call) {
+  switch (kind) {
+    case SetKind::l2_ball:
+      return call(KindConstant<SetKind::l2_ball>{});
+    case SetKind::l1_ball:
+      return call(KindConstant<SetKind::l1_ball>{});
+    case SetKind::simplex:
+      break;
+  }
+  return call(KindConstant<SetKind::simplex>{});
+}
+
+// Loops over neighbouring elements.
+
+template <typename Storage>
+ADAMAL_MULTIVERSIONED void widen(const Storage* __restrict stored, double* __restrict values,
+                                 int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] = decode(stored[i]);
+}
+
+template <typename Param>
+ADAMAL_MULTIVERSIONED void narrow(const double* __restrict values, Param* __restrict stored,
+                                  int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    stored[i] = encode<Param>(static_cast<ComputeType<Param>>(values[i]));
+  }
+}
+
+// Of the second moments, widened from T.
+template <typename T>
+ADAMAL_MULTIVERSIONED void to_metric(double* __restrict values, int64_t count,
+                                     const StepScalars<T>& shared_scalars) {
+  const StepScalars<T> scalars = shared_scalars;
+  for (int64_t i = 0; i < count; ++i) values[i] = metric_of(static_cast<T>(values[i]), scalars);
+}
+
+template <SetKind kKind, typename Storage>
+ADAMAL_MULTIVERSIONED void size_terms(const Storage* __restrict stored, double* __restrict terms,
+                                      int64_t count) {
+  for (int64_t i = 0; i < count; ++i) terms[i] = size_term(kKind, decode(stored[i]));
+}
+
+template <SetKind kKind>
+ADAMAL_MULTIVERSIONED void terms_at(const double* __restrict y, const double* __restrict d,
+                                    double multiplier, double* __restrict first,
+                                    double* __restrict second, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const SetTerms terms = set_terms(kKind, y[i], d[i], multiplier);
+    first[i] = terms.first;
+    second[i] = terms.second;
+  }
+}
+
+template <SetKind kKind>
+ADAMAL_MULTIVERSIONED void project_all(double* __restrict y, const double* __restrict d,
+                                       double multiplier, double scale, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) y[i] = projected(kKind, y[i], d[i], multiplier, scale);
+}
+
+// A chunk's sums.
+
+double padded_sum(double* terms, int64_t count) {
+  double other[kNormChunk<float> / 2];
+  const int64_t width = power_of_two_from(count);
+  std::fill(terms + count, terms + width, 0.0);
+  return add_tree(terms, other, width);
+}
+
+template <typename Storage>
+double chunk_size(SetKind kind, const Storage* stored, int64_t count) {
+  double terms[kNormChunk<float>];
+  with_kind(kind, [&](auto constant) { size_terms<constant()>(stored, terms, count); });
+  return padded_sum(terms, count);
+}
+
+SetTerms chunk_terms(SetKind kind, const double* y, const double* d, double multiplier,
+                     int64_t count) {
+  double first[kNormChunk<float>], second[kNormChunk<float>];
+  with_kind(kind,
+            [&](auto constant) { terms_at<constant()>(y, d, multiplier, first, second, count); });
+  return {padded_sum(first, count), padded_sum(second, count)};
+}
+
+void project_values(SetKind kind, const RowSearch& search, double* y, const double* d,
+                    int64_t count) {
+  with_kind(kind, [&](auto constant) {
+    project_all<constant()>(y, d, search.multiplier, search.scale, count);
+  });
+}
+
+// Calls body(first, count) for each chunk of `count` elements.
+template <typename T, typename Body>
+void for_chunks(int64_t count, const Body& body) {
+  for (int64_t first = 0; first < count; first += kNormChunk<T>) {
+    body(first, std::min<int64_t>(kNormChunk<T>, count - first));
+  }
+}
+
+// What a projection reads and writes of a tensor.
+template <typename Param>
+struct View {
+  using T = ComputeType<Param>;
+
+  bool is_projected;
+  Param* param;
+  const T* denominator_sq;
+  double* multipliers;
+  const CoupledRows& rows;
+  StepScalars<T> scalars;
+
+  View(const Bucket& bucket, uint32_t index)
+      : is_projected(bucket.grads[index] != nullptr), rows(bucket.sets[index]) {
+    if (!is_projected) return;  // It has no scalars either.
+    const TensorEntry& tensor = bucket.tensors[index];
+    param = static_cast<Param*>(tensor.param);
+    denominator_sq = static_cast<const T*>(
+        tensor.max_exp_avg_sq == nullptr ? tensor.exp_avg_sq : tensor.max_exp_avg_sq);
+    multipliers = tensor.multipliers;
+    scalars = StepScalars<T>(bucket.scalars[bucket.rows[index]]);
+    is_projected = projects(scalars);
+  }
+};
+
+// The values and the metric of some elements of some rows, row by row.
+class Tile {
+ public:
+  Tile() : memory_(new double[2 * kSize]), y_(memory_.get()), d_(y_ + kSize) {}
+
+  // Of at most `width` elements a row.
+  void begin(int64_t width) {
+    width_ = width;
+    values_from_ = metric_from_ = -1;
+  }
+  int64_t width() const { return width_; }
+  double* y(int64_t row) { return y_ + row * stride(); }
+  double* d(int64_t row) { return d_ + row * stride(); }
+
+  // Read what is not there yet, from element `first` of each row on.
+  template <typename Param>
+  void read_values(const View<Param>& view, int64_t first_row, int64_t rows, int64_t first) {
+    if (values_from_ == first) return;
+    values_from_ = first;
+    gather(view.param, view.rows, first_row, rows, y_);
+  }
+  template <typename Param>
+  void read_all(const View<Param>& view, int64_t first_row, int64_t rows, int64_t first) {
+    read_values(view, first_row, rows, first);
+    if (metric_from_ == first) return;
+    metric_from_ = first;
+    gather(view.denominator_sq, view.rows, first_row, rows, d_);
+    for (int64_t i = 0; i < rows; ++i) to_metric(d(i), count(view.rows), view.scalars);
+  }
+
+  // Elements that were read of each row.
+  int64_t count(const CoupledRows& rows) const {
+    return std::min(width_, rows.length - values_from_);
+  }
+
+  // Writes the values of those rows that were found.
+  template <typename Param>
+  void write(const View<Param>& view, int64_t first_row, int64_t rows, const RowSearch* searches) {
+    for_runs(view.rows, first_row, [&](int64_t offset, int64_t at, int64_t run, int64_t stride_of) {
+      if (rows == 1 && stride_of == 1) return narrow(y_ + at, view.param + offset, run);
+      for (int64_t i = 0; i < run; ++i) {
+        for (int64_t row = 0; row < rows; ++row) {
+          if (searches[row].state != SearchState::found) continue;
+          const auto value = static_cast<ComputeType<Param>>(y(row)[at + i]);
+          view.param[offset + i * stride_of + row] = encode<Param>(value);
+        }
+      }
+    });
+  }
+
+ private:
+  // Rows are set apart by a cache line, or they would meet in the same few of its sets.
+  static constexpr int64_t kPadding = 8;
+  static constexpr int64_t kSize = kTileElements + kMostRows * kPadding;
+
+  int64_t stride() const { return width_ + kPadding; }
+
+  // Calls body(offset, at, run, stride) for runs of elements of the first row that lie evenly.
+  template <typename Body>
+  void for_runs(const CoupledRows& rows, int64_t row, const Body& body) const {
+    const int64_t size = rows.reduced_sizes[rows.reduced_count - 1];
+    const int64_t stride_of = rows.reduced_strides[rows.reduced_count - 1];
+    const int64_t start = rows.row_offset(row), elements = count(rows);
+    for (int64_t at = 0; at < elements;) {
+      const int64_t j = values_from_ + at;
+      const int64_t run = std::min(size - j % size, elements - at);
+      body(start + rows.element_offset(j), at, run, stride_of);
+      at += run;
+    }
+  }
+
+  // Rows that are more than one are neighbours in memory.
+  template <typename Storage>
+  void gather(const Storage* stored, const CoupledRows& rows, int64_t first_row, int64_t row_count,
+              double* target) const {
+    for_runs(rows, first_row, [&](int64_t offset, int64_t at, int64_t run, int64_t stride_of) {
+      if (row_count == 1 && stride_of == 1) return widen(stored + offset, target + at, run);
+      for (int64_t i = 0; i < run; ++i) {
+        const Storage* const line = stored + offset + i * stride_of;
+        for (int64_t row = 0; row < row_count; ++row) {
+          target[row * stride() + at + i] = decode(line[row]);
+        }
+      }
+    });
+  }
+
+  std::unique_ptr<double[]> memory_;
+  double* y_;
+  double* d_;
+  int64_t width_ = 0;
+  int64_t values_from_ = -1;
+  int64_t metric_from_ = -1;
+};
+
+// The memory of a share of the work.
+struct Scratch {
+  Tile tile;
+  std::unique_ptr<LaneSums[]> first{new LaneSums[kMostRows]};
+  std::unique_ptr<LaneSums[]> second{new LaneSums[kMostRows]};
+};
+
+bool is_any(const RowSearch* searches, int64_t count, SearchState state) {
+  return std::any_of(searches, searches + count,
+                     [&](const RowSearch& search) { return search.state == state; });
+}
+
+// Projects rows of at most kMostRows, alone.
+template <typename Param>
+void project_rows(const View<Param>& view, int64_t first_row, int64_t count, Scratch& scratch) {
+  using T = ComputeType<Param>;
+  const CoupledRows& rows = view.rows;
+  const SetKind kind = rows.set.kind;
+  double* const multipliers = view.multipliers + first_row;
+  RowSearch searches[kMostRows];
+
+  Tile& tile = scratch.tile;
+  tile.begin(std::min(rows.length, kTileElements / count / kNormChunk<T> * kNormChunk<T>));
+  const auto add_sizes = [&](const auto* stored, int64_t elements, int64_t row) {
+    for_chunks<T>(elements, [&](int64_t at, int64_t of_chunk) {
+      scratch.first[row].add(chunk_size(kind, stored + at, of_chunk));
+    });
+  };
+  if (rows.is_contiguous()) {
+    add_sizes(view.param + rows.row_offset(first_row), rows.length, 0);
+  } else {
+    for (int64_t first = 0; first < rows.length; first += tile.width()) {
+      tile.read_values(view, first_row, count, first);
+      for (int64_t i = 0; i < count; ++i) add_sizes(tile.y(i), tile.count(rows), i);
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    searches[i] = begin_search(rows.set, scratch.first[i].take(), multipliers[i]);
+  }
+
+  while (is_any(searches, count, SearchState::searching)) {
+    for (int64_t first = 0; first < rows.length; first += tile.width()) {
+      tile.read_all(view, first_row, count, first);
+      for (int64_t i = 0; i < count; ++i) {
+        if (searches[i].state != SearchState::searching) continue;
+        for_chunks<T>(tile.count(rows), [&](int64_t at, int64_t of_chunk) {
+          const SetTerms terms =
+              chunk_terms(kind, tile.y(i) + at, tile.d(i) + at, searches[i].multiplier, of_chunk);
+          scratch.first[i].add(terms.first);
+          scratch.second[i].add(terms.second);
+        });
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      if (searches[i].state != SearchState::searching) continue;
+      continue_search(rows.set, {scratch.first[i].take(), scratch.second[i].take()}, &searches[i]);
+    }
+  }
+
+  if (is_any(searches, count, SearchState::found)) {
+    for (int64_t first = 0; first < rows.length; first += tile.width()) {
+      tile.read_all(view, first_row, count, first);
+      for (int64_t i = 0; i < count; ++i) {
+        if (searches[i].state != SearchState::found) continue;
+        project_values(kind, searches[i], tile.y(i), tile.d(i), tile.count(rows));
+      }
+      tile.write(view, first_row, count, searches);
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) multipliers[i] = searches[i].multiplier;
+}
+
+// Where a search begins that the step's sums do not end.
+double first_multiplier(const CoupledSet& set, double last_multiplier) {
+  return begin_search(set, INFINITY, last_multiplier).multiplier;
+}
+
+void add_cost(std::vector<int64_t>* cost_before, int64_t elements) {
+  cost_before->push_back(cost_before->back() + elements + kPieceOverhead);
+}
+
+}  // namespace
+
+void ProjectedStep::add_items(uint32_t tensor, Item::Rows rows, int64_t first, int64_t last,
+                              int64_t most) {
+  const auto long_row = static_cast<int64_t>(long_rows_.size());
+  for (; first < last; first += most) {
+    const int64_t count = std::min(most, last - first);
+    items_.push_back({tensor, rows, first, count, long_row});
+    add_cost(&item_costs_, count);
+  }
+}
+
+void ProjectedStep::bind(const std::vector<TensorEntry>& tensors,
+                         const std::vector<CoupledRows>& sets, Dtype param) {
+  items_.clear();
+  long_rows_.clear();
+  blocks_.clear();
+  item_costs_.assign(1, 0);
+  block_costs_.assign(1, 0);
+  const int64_t chunk = param == Dtype::float64 ? kNormChunk<double> : kNormChunk<float>;
+  int64_t chunks = 0;
+  for (uint32_t i = 0; i < tensors.size(); ++i) {
+    const CoupledRows& rows = sets[i];
+    const int64_t numel = tensors[i].numel;
+    if (numel == 0) continue;
+    if (!rows.is_contiguous()) {
+      add_items(i, Item::scattered, 0, numel, kCpuChunk);
+      const bool are_neighbours =
+          rows.kept_count > 0 && rows.kept_strides[rows.kept_count - 1] == 1;
+      // Neighbours are those whose numbers differ in the last digit.
+      const int64_t run = are_neighbours ? rows.kept_sizes[rows.kept_count - 1] : 1;
+      for (int64_t row = 0; row < rows.rows;) {
+        const int64_t count = std::min<int64_t>(kMostRows, run - row % run);
+        blocks_.push_back({i, static_cast<int32_t>(count), row});
+        add_cost(&block_costs_, count * rows.length);
+        row += count;
+      }
+    } else if (rows.length <= kCpuChunk) {
+      add_items(i, Item::whole, 0, numel, kCpuChunk / rows.length * rows.length);
+    } else {
+      for (int64_t row = 0; row < rows.rows; ++row) {
+        const auto first_item = static_cast<int64_t>(items_.size());
+        add_items(i, Item::part_of_long, row * rows.length, (row + 1) * rows.length, kCpuChunk);
+        const int64_t item_count = static_cast<int64_t>(items_.size()) - first_item;
+        const int64_t chunks_of_row = (rows.length + chunk - 1) / chunk;
+        long_rows_.push_back({i, row, first_item, item_count, chunks, chunks_of_row, {}});
+        chunks += chunks_of_row;
+      }
+    }
+  }
+  sums_.resize(chunks);
+}
+
+template <typename Param>
+class ProjectedStep::Run {
+ public:
+  using T = ComputeType<Param>;
+  using Tensor = View<Param>;
+
+  Run(ProjectedStep& self, const Bucket& bucket, const ForShares& for_shares)
+      : self_(self), bucket_(bucket), for_shares_(for_shares) {}
+
+  void operator()() {
+    for_shares_(self_.item_costs_, [&](int64_t first, int64_t last) {
+      Scratch scratch;
+      for (int64_t i = first; i < last; ++i) step_item(self_.items_[i], scratch);
+    });
+    begin_long_rows();
+    const auto evaluate_at_search = [&](const Item& item, const Tensor& tensor, Scratch& scratch) {
+      evaluate(item, tensor, self_.long_rows_[item.long_row].search.multiplier, scratch);
+    };
+    while (for_long_items(SearchState::searching, evaluate_at_search)) {
+      for (LongRow& row : self_.long_rows_) continue_long_row(&row, bucket_.sets[row.tensor].set);
+    }
+    for_long_items(SearchState::found, [&](const Item& item, const Tensor& tensor,
+                                           Scratch& scratch) { project(item, tensor, scratch); });
+    for (const LongRow& row : self_.long_rows_) {
+      const Tensor tensor(bucket_, row.tensor);
+      if (tensor.is_projected) tensor.multipliers[row.row] = row.search.multiplier;
+    }
+    if (self_.blocks_.empty()) return;
+    for_shares_(self_.block_costs_, [&](int64_t first, int64_t last) {
+      Scratch scratch;
+      for (int64_t i = first; i < last; ++i) {
+        const Block& block = self_.blocks_[i];
+        const Tensor tensor(bucket_, block.tensor);
+        if (tensor.is_projected) project_rows(tensor, block.first_row, block.count, scratch);
+      }
+    });
+  }
+
+ private:
+  void step_item(const Item& item, Scratch& scratch) {
+    step_elements_cpu(bucket_, item.tensor, item.first, item.count);
+    if (item.rows == Item::scattered) return;
+    const Tensor tensor(bucket_, item.tensor);
+    if (!tensor.is_projected) return;
+    if (item.rows == Item::whole) {
+      const int64_t first_row = item.first / tensor.rows.length;
+      const int64_t rows = item.count / tensor.rows.length;
+      for (int64_t i = 0; i < rows; ++i) project_rows(tensor, first_row + i, 1, scratch);
+      return;
+    }
+    const LongRow& row = self_.long_rows_[item.long_row];
+    Sums* const sums = sums_of(item, tensor);
+    for_chunks<T>(item.count, [&](int64_t at, int64_t count) {
+      sums[at / kNormChunk<T>].size =
+          chunk_size(tensor.rows.set.kind, tensor.param + item.first + at, count);
+    });
+    // At 0 the last step left the row alone, as this one will, most likely.
+    const double multiplier = first_multiplier(tensor.rows.set, tensor.multipliers[row.row]);
+    if (multiplier != 0) evaluate(item, tensor, multiplier, scratch);
+  }
+
+  void evaluate(const Item& item, const Tensor& tensor, double multiplier, Scratch& scratch) {
+    Tile& tile = scratch.tile;
+    read(item, tensor, tile);
+    Sums* const sums = sums_of(item, tensor);
+    for_chunks<T>(item.count, [&](int64_t at, int64_t count) {
+      sums[at / kNormChunk<T>].terms =
+          chunk_terms(tensor.rows.set.kind, tile.y(0) + at, tile.d(0) + at, multiplier, count);
+    });
+  }
+
+  void project(const Item& item, const Tensor& tensor, Scratch& scratch) {
+    const LongRow& row = self_.long_rows_[item.long_row];
+    Tile& tile = scratch.tile;
+    read(item, tensor, tile);
+    project_values(tensor.rows.set.kind, row.search, tile.y(0), tile.d(0), item.count);
+    tile.write(tensor, row.row, 1, &row.search);
+  }
+
+  void read(const Item& item, const Tensor& tensor, Tile& tile) {
+    const int64_t row = self_.long_rows_[item.long_row].row;
+    tile.begin(kCpuChunk);
+    tile.read_all(tensor, row, 1, item.first - row * tensor.rows.length);
+  }
+
+  Sums* sums_of(const Item& item, const Tensor& tensor) {
+    const LongRow& row = self_.long_rows_[item.long_row];
+    const int64_t first = item.first - row.row * tensor.rows.length;
+    return &self_.sums_[row.first_sum + first / kNormChunk<T>];
+  }
+
+  void begin_long_rows() {
+    for (LongRow& row : self_.long_rows_) {
+      const Tensor tensor(bucket_, row.tensor);
+      row.search.state = SearchState::left_alone;
+      if (!tensor.is_projected) continue;
+      const CoupledSet& set = tensor.rows.set;
+      const double last_multiplier = tensor.multipliers[row.row];
+      LaneSums size;
+      for (int64_t i = 0; i < row.sum_count; ++i) size.add(self_.sums_[row.first_sum + i].size);
+      row.search = begin_search(set, size.take(), last_multiplier);
+      if (first_multiplier(set, last_multiplier) != 0) continue_long_row(&row, set);
+    }
+  }
+
+  // By the sums at the search's multiplier.
+  void continue_long_row(LongRow* row, const CoupledSet& set) {
+    if (row->search.state != SearchState::searching) return;
+    const Sums* const sums = &self_.sums_[row->first_sum];
+    LaneSums first, second;
+    for (int64_t i = 0; i < row->sum_count; ++i) {
+      first.add(sums[i].terms.first);
+      second.add(sums[i].terms.second);
+    }
+    continue_search(set, {first.take(), second.take()}, &row->search);
+  }
+
+  // Calls body(item, tensor, scratch) for the parts of rows in that state; false if there is none.
+  template <typename Body>
+  bool for_long_items(SearchState state, const Body& body) {
+    std::vector<int64_t> items, costs{0};
+    for (const LongRow& row : self_.long_rows_) {
+      if (row.search.state != state) continue;
+      for (int64_t i = row.first_item; i < row.first_item + row.item_count; ++i) {
+        items.push_back(i);
+        add_cost(&costs, self_.items_[i].count);
+      }
+    }
+    if (items.empty()) return false;
+    for_shares_(costs, [&](int64_t first, int64_t last) {
+      Scratch scratch;
+      for (int64_t i = first; i < last; ++i) {
+        const Item& item = self_.items_[items[i]];
+        body(item, Tensor(bucket_, item.tensor), scratch);
+      }
+    });
+    return true;
+  }
+
+  ProjectedStep& self_;
+  const Bucket& bucket_;
+  const ForShares& for_shares_;
+};
+
+void ProjectedStep::step(const Bucket& bucket, const ForShares& for_shares) {
+  switch (kDtypePairs[bucket.pair].param) {
+    case Dtype::float32:
+      return Run<float32>(*this, bucket, for_shares)();
+    case Dtype::float64:
+      return Run<float64>(*this, bucket, for_shares)();
+    case Dtype::bfloat16:
+      return Run<bfloat16>(*this, bucket, for_shares)();
+    case Dtype::float16:
+      return Run<float16>(*this, bucket, for_shares)();
+  }
+}
+
+}  // namespace adamal
