@@ -16,8 +16,10 @@ import pytest
 import torch
 import triton_device_scalars as device_checks
 import triton_interpreter as checks
+import triton_projection as projection_checks
 from triton_interpreter import BLOCK, STREAMS, VARIANTS, Shape
 
+from adamal_kernels import L2Ball
 from adamal_kernels.backends.triton import TritonBackend
 from adamal_kernels.bucket import BucketKey, SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
@@ -33,6 +35,7 @@ def types_id(dtypes: DtypePair) -> str:
 
 
 every_pair = pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=types_id)
+some_pairs = pytest.mark.parametrize("dtypes", DTYPE_PAIRS[:3], ids=types_id)
 every_plan = pytest.mark.parametrize("plan", checks.BACKENDS)
 every_moment = pytest.mark.parametrize("second_moment", SecondMoment, ids=lambda m: m.name.lower())
 
@@ -202,6 +205,49 @@ def test_scaled_clipped_and_skipped_steps(
 @pytest.mark.parametrize("steps_before", [1, 3])
 def test_captured_steps(interpreted: Run, steps_before: int) -> None:
     interpreted(device_checks.check_capture, steps_before)
+
+
+def test_captured_projections(interpreted: Run) -> None:
+    interpreted(device_checks.check_capture, 3, L2Ball(1.0))
+
+
+@every_pair
+def test_projections(interpreted: Run, dtypes: DtypePair) -> None:
+    interpreted(projection_checks.check_layouts, "C++", dtypes, SecondMoment.MONOTONE)
+
+
+@pytest.mark.parametrize("second_moment", [SecondMoment.PLAIN, SecondMoment.AMSGRAD])
+def test_projections_in_the_metric_of_another_moment(
+    interpreted: Run, second_moment: SecondMoment
+) -> None:
+    interpreted(projection_checks.check_layouts, "Python", FLOAT32, second_moment)
+
+
+@some_pairs
+def test_projections_of_wide_rows(interpreted: Run, dtypes: DtypePair) -> None:
+    interpreted(projection_checks.check_wide, dtypes)
+
+
+@pytest.mark.parametrize("evaluations", [0, 2, 12])
+@some_pairs
+def test_projections_of_long_rows(interpreted: Run, dtypes: DtypePair, evaluations: int) -> None:
+    interpreted(projection_checks.check_long, "C++", dtypes, evaluations)
+
+
+def test_projections_of_long_rows_planned_in_python(interpreted: Run) -> None:
+    interpreted(projection_checks.check_long, "Python", FLOAT32, 3)
+
+
+@pytest.mark.parametrize("evaluations", [0, 1])
+def test_projection_of_more_chunks_than_lanes(interpreted: Run, evaluations: int) -> None:
+    interpreted(projection_checks.check_very_long, evaluations)
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+@pytest.mark.parametrize("capturable", [True, False])
+@every_plan
+def test_what_is_not_projected(interpreted: Run, plan: str, capturable: bool, long: bool) -> None:
+    interpreted(projection_checks.check_not_projected, plan, capturable, long)
 
 
 def test_available_in_the_interpreter(interpreted: Run) -> None:
