@@ -19,7 +19,7 @@ import triton_interpreter as checks
 import triton_projection as projection_checks
 from triton_interpreter import BLOCK, STREAMS, VARIANTS, Shape
 
-from adamal_kernels import L2Ball
+from adamal_kernels import L2Ball, Simplex
 from adamal_kernels.backends.triton import TritonBackend
 from adamal_kernels.bucket import BucketKey, SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
@@ -208,7 +208,7 @@ def test_captured_steps(interpreted: Run, steps_before: int) -> None:
 
 
 def test_captured_projections(interpreted: Run) -> None:
-    interpreted(device_checks.check_capture, 3, L2Ball(1.0))
+    interpreted(device_checks.check_capture, 3, (L2Ball(1.0), Simplex()))
 
 
 @every_pair
@@ -228,19 +228,18 @@ def test_projections_of_wide_rows(interpreted: Run, dtypes: DtypePair) -> None:
     interpreted(projection_checks.check_wide, dtypes)
 
 
-@pytest.mark.parametrize("evaluations", [0, 2, 12])
-@some_pairs
-def test_projections_of_long_rows(interpreted: Run, dtypes: DtypePair, evaluations: int) -> None:
-    interpreted(projection_checks.check_long, "C++", dtypes, evaluations)
+@pytest.mark.parametrize(
+    ("plan", "evaluations", "dtypes"),
+    [("C++", 0, FLOAT32), ("C++", 2, DTYPE_PAIRS[1]), ("Python", 12, FLOAT32)],
+)
+def test_projections_of_long_rows(
+    interpreted: Run, plan: str, evaluations: int, dtypes: DtypePair
+) -> None:
+    interpreted(projection_checks.check_long, plan, dtypes, evaluations)
 
 
-def test_projections_of_long_rows_planned_in_python(interpreted: Run) -> None:
-    interpreted(projection_checks.check_long, "Python", FLOAT32, 3)
-
-
-@pytest.mark.parametrize("evaluations", [0, 1])
-def test_projection_of_more_chunks_than_lanes(interpreted: Run, evaluations: int) -> None:
-    interpreted(projection_checks.check_very_long, evaluations)
+def test_projection_of_more_chunks_than_lanes(interpreted: Run) -> None:
+    interpreted(projection_checks.check_more_chunks_than_lanes)
 
 
 @pytest.mark.parametrize("long", [False, True], ids=["short", "long"])

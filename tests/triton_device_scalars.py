@@ -36,7 +36,7 @@ INPUTS: dict[str, dict[str, float]] = {
     "norm is NaN": {"grad_scale": 2.0, "grad_norm": math.nan, "max_grad_norm": 1.0},
     "scale is inf": {"grad_scale": math.inf},
 }
-_BOX = Box(-1, 1)
+_SETS = (None, Box(-1, 1))
 _COUNTS = (0, 1, 2, 9, 999, 1_000_000, 2**24 - 1)
 
 
@@ -137,14 +137,18 @@ def _tensors(*numbers: float) -> tuple[Tensor, ...]:
 
 
 def _new_optimizer(
-    backend: str, projection: Any = _BOX, **options: Any
+    backend: str, sets: tuple[Any, Any] = _SETS, **options: Any
 ) -> tuple[list[Tensor], AdamAL]:
     generator = torch.Generator().manual_seed(0)
     sizes = (3, 2049, 0, 17, 1, 40)
     params = [torch.randn(n, generator=generator).requires_grad_() for n in sizes]
     groups = [
-        {"params": params[:3], "lr": torch.tensor(0.05, dtype=torch.float64)},
-        {"params": params[3:], "betas": _tensors(0.8, 0.99), "projection": projection},
+        {
+            "params": params[:3],
+            "lr": torch.tensor(0.05, dtype=torch.float64),
+            "projection": sets[0],
+        },
+        {"params": params[3:], "betas": _tensors(0.8, 0.99), "projection": sets[1]},
     ]
     return params, AdamAL(groups, backend=backend, **options)
 
@@ -248,13 +252,11 @@ class Capture:
             launch(0)
 
 
-def check_capture(steps_before: int, projection: Any = _BOX) -> None:
+def check_capture(steps_before: int, sets: tuple[Any, Any] = _SETS) -> None:
     """Check that replays step by what they were captured with, and disturb no other step."""
     capture = Capture()
     with capture.installed():
-        runs = [
-            _new_optimizer(name, projection, capturable=True) for name in ("triton", "reference")
-        ]
+        runs = [_new_optimizer(name, sets, capturable=True) for name in ("triton", "reference")]
         (ours, optimizer), (theirs, reference) = runs
         found_inf = torch.tensor(0.0)
         for _, stepped in runs:

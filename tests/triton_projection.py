@@ -15,12 +15,17 @@ from unittest import mock
 import torch
 from torch import Tensor
 from triton_device_scalars import planned_by
+from triton_interpreter import CPU
 
 from adamal_kernels import Adam, AdamAL, L1Ball, L2Ball, Simplex
-from adamal_kernels.bucket import SecondMoment
+from adamal_kernels.bucket import BucketKey, SecondMoment
+from adamal_kernels.coupled import coupled_rows
 from adamal_kernels.dtypes import DtypePair
+from adamal_kernels.gradient_norm import LANES, row_sums
+from adamal_kernels.hyperparameters import StepOptions, derive_step_scalars
 from adamal_kernels.projections import CoupledSet
-from adamal_kernels.verify import different_values
+from adamal_kernels.rounding import rounded_sqrt
+from adamal_kernels.verify import different_values, same_bits
 
 
 class Row(NamedTuple):
@@ -28,7 +33,7 @@ class Row(NamedTuple):
 
     shape: tuple[int, ...]
     order: tuple[int, ...]
-    projection: CoupledSet | None
+    projection: CoupledSet
 
 
 LAYOUTS = (
@@ -46,6 +51,7 @@ LAYOUTS = (
     Row((6, 7), (0, 1), L2Ball(100.0, dim=1)),  # never active
     Row((32,), (0,), L1Ball(100.0)),
 )
+ACTIVE = [row.projection.size < 100 and math.prod(row.shape) > 0 for row in LAYOUTS]
 WIDE = (
     Row((2, 257), (0, 1), L2Ball(0.7, dim=1)),
     Row((2, 1024), (0, 1), Simplex(dim=1)),
@@ -58,8 +64,6 @@ LONG = (
     Row((2000,), (0,), L2Ball(1e6)),
     Row((6, 7), (0, 1), L2Ball(0.7, dim=1)),
 )
-# As many float64 chunks as lanes, and some more.
-VERY_LONG = (Row((257 * 1024 + 5,), (0,), L2Ball(3.0)),)
 
 
 class Run:
@@ -134,12 +138,14 @@ def check_layouts(plan: str, dtypes: DtypePair, moment: SecondMoment, steps: int
     """Check the bits of sets, kinds and layouts that share a bucket, the last step special."""
     with planned_by(plan):
         ours, theirs = _both(LAYOUTS, dtypes, moment)
+        active = [False] * len(LAYOUTS)
         for step in range(1, steps + 1):
             for run in (ours, theirs):
                 run.step(step, without=step, special=step == steps)
             _check_same(ours, theirs, f"step {step}")
-        moved = [bool((held["multiplier"] != 0).any()) for held in theirs.values()]
-        assert moved == [row.projection.size < 100 and math.prod(row.shape) > 0 for row in LAYOUTS]
+            for i, held in enumerate(ours.values()):
+                active[i] |= "multiplier" in held and bool((held["multiplier"] != 0).any())
+        assert active == ACTIVE
 
 
 def check_wide(dtypes: DtypePair) -> None:
@@ -203,15 +209,51 @@ def check_long(plan: str, dtypes: DtypePair, evaluations: int) -> None:
             }
 
 
-def check_very_long(evaluations: int) -> None:
-    """Check a row of more chunks than lanes."""
+def check_more_chunks_than_lanes() -> None:
+    """Check the two sums of a row of more chunks than lanes: as launches and as a program do it."""
+    from adamal_kernels.backends import triton_long_rows, triton_rows
+    from adamal_kernels.backends.triton_plan import TensorEntry, set_table
+
     float64 = DtypePair(torch.float64, torch.float64)
-    with _long_from(16384, evaluations):
-        ours, theirs = _both(VERY_LONG, float64, SecondMoment.MONOTONE)
-        for run in (ours, theirs):
-            run.step(1)
-        _check_same(ours, theirs, "very long")
-        assert theirs.values()[0]["multiplier"].item() > 0
+    key = BucketKey(CPU, float64, SecondMoment.MONOTONE, coupled=True)
+    chunk = 32
+    constants = {**triton_long_rows.constants(key), "CHUNK": chunk}
+    generator = torch.Generator().manual_seed(0)
+    length = (LANES + 3) * chunk + 5
+    y, v = (torch.rand(length, generator=generator, dtype=torch.float64) for _ in range(2))
+    rows, size = coupled_rows(y, L1Ball(100.0)), torch.tensor([100.0], dtype=torch.float64)
+    multiplier, eps = torch.tensor([0.125], dtype=torch.float64), 0.5
+    v += 1.0
+
+    entry = TensorEntry(y.data_ptr(), 0, v.data_ptr(), 0, length, multiplier.data_ptr())
+    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": eps, "weight_decay": 0.0}
+    flags = {"decoupled_weight_decay": False, "maximize": False, "bias_correction": False}
+    stepped = (
+        torch.tensor([entry]),
+        set_table([rows]),
+        torch.tensor([[16, 0]]),
+        torch.tensor([derive_step_scalars(1, StepOptions(**options, **flags))]).double(),
+        torch.tensor([[0, 0, 0]]),
+    )
+    scale = torch.ones(1, dtype=torch.float64)
+
+    # The last evaluation there may be, after which the scale tells of the first sum.
+    states = torch.tensor([[triton_rows.SEARCHING.value, 99]], dtype=torch.int32)
+    triton_long_rows.finish_kernel[(1,)](*stepped, states, scale, **constants)
+    moved = y - 0.125 / (rounded_sqrt(v) + eps)
+    first = row_sums(torch.where(moved <= 0, 0.0, moved).unsqueeze(0), chunk)
+    assert states.tolist() == [[triton_rows.FOUND.value, 99]]
+    assert multiplier.item() == 0.125
+    assert same_bits(scale, size / first)
+
+    firsts, seconds = (torch.rand(LANES + 4, generator=generator).double() + 1 for _ in range(2))
+    firsts *= math.pi
+    seconds *= math.e
+    states = torch.tensor([[triton_rows.SEARCHING.value, 0]], dtype=torch.int32)
+    triton_long_rows.continue_kernel[(1,)](*stepped, states, scale, firsts, seconds, **constants)
+    first, second = (row_sums(sums.unsqueeze(0), 1) for sums in (firsts, seconds))
+    assert states.tolist() == [[triton_rows.SEARCHING.value, 1]]
+    assert same_bits(multiplier, 0.125 + (first - size) / second)
 
 
 def check_not_projected(plan: str, capturable: bool, long: bool) -> None:

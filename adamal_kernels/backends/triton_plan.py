@@ -25,6 +25,7 @@ __all__ = [
     "ScalarSource",
     "SetEntry",
     "TensorEntry",
+    "set_table",
 ]
 
 _ALIGNMENT = 16
@@ -198,7 +199,7 @@ class PythonPlan:
             self._launcher.bind(
                 self._host(torch.tensor(entries, dtype=torch.int64, device="cpu")),
                 *(self._host(self._items(entries, aligned, wanted)) for wanted in (True, False)),
-                self._host(_set_table(self._sets)),
+                self._host(set_table(self._sets)),
             )
             self._bound = bound
         inputs = torch.tensor(
@@ -226,8 +227,8 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _set_table(sets: Sequence[CoupledRows]) -> Tensor:
-    """Return int64 ``[tensor, SET_WORDS]``."""
+def set_table(sets: Sequence[CoupledRows]) -> Tensor:
+    """Return int64 ``[tensor, SET_WORDS]``: rows of :class:`SetEntry`, and the runs after each."""
     packed = bytearray()
     for rows in sets:
         kept, reduced = rows.kept, rows.reduced
