@@ -143,11 +143,21 @@ def test_2000_groups_are_one_launch_and_no_python_work(interpreted: Run) -> None
 
 def test_steady_state() -> None:
     """The tests of the steady state pass with Triton, too."""
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "test_steady_state.py"]
+    run_with_triton("test_steady_state.py")
+
+
+def test_sets_that_couple_elements() -> None:
+    """The tests of what all backends do with them pass with Triton, but for large and long ones."""
+    left_out = ("every_backend", "ends_in_the_set", "solution_on_the_boundary")
+    run_with_triton("test_coupled.py", *(f"not {name}" for name in left_out))
+
+
+def run_with_triton(file: str, *selected: str) -> None:
+    """Run the tests of a file that step by Triton, in its interpreter."""
+    chosen = " and ".join(("triton", *selected))
     done = subprocess.run(
-        command,
-        cwd=here,
+        [sys.executable, "-m", "pytest", "-q", "-k", chosen, file],
+        cwd=Path(__file__).parent,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
