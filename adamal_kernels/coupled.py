@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .bucket import Bucket
 
 __all__ = [
+    "MOST_RUNS",
     "CoupledRows",
     "coupled_rows",
     "inside_tolerance",
@@ -39,7 +40,8 @@ _SEARCH_TOLERANCES = (2.0**-40, 2.0**-50, 2.0**-50)
 _MOST_EVALUATIONS = 100
 _LEAST_METRIC = 1e-100
 _ALL_ELEMENTS = -math.inf
-_MOST_RUNS = 4
+MOST_RUNS = 4
+"""Of dimensions that rows, or the elements of one, are scattered over."""
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -91,9 +93,9 @@ def coupled_rows(param: Tensor, projection: CoupledSet) -> CoupledRows:
         else:
             of_kind.append((size, stride))
         last = is_reduced
-    if max(map(len, runs)) > _MOST_RUNS:
+    if max(map(len, runs)) > MOST_RUNS:
         raise NotImplementedError(
-            f"projection: the rows of {projection} are scattered over more than {_MOST_RUNS} runs "
+            f"projection: the rows of {projection} are scattered over more than {MOST_RUNS} runs "
             f"of dimensions in a parameter of shape {tuple(param.shape)}; reshape it, so that "
             "fewer dimensions alternate"
         )

@@ -66,6 +66,42 @@ OptionEntry entry_of(const DeviceOptions& options) {
           address_of(options.beta2)};
 }
 
+// A tensor's set and rows, which the kernels read as words of 8 bytes. The twin of
+// adamal_kernels.backends.triton_plan.SetEntry and what follows it.
+struct SetWords {
+  struct Runs {
+    int64_t sizes[CoupledRows::kMostRuns];
+    int64_t strides[CoupledRows::kMostRuns];
+  };
+
+  int64_t kind;
+  double size, tolerance;
+  int64_t rows, length, kept_count, reduced_count;
+  Runs kept, reduced;
+};
+static_assert(sizeof(SetWords) == (7 + 4 * CoupledRows::kMostRuns) * 8);
+
+SetWords::Runs runs_of(int count, const int64_t* sizes, const int64_t* strides) {
+  SetWords::Runs runs;
+  for (int i = 0; i < CoupledRows::kMostRuns; ++i) {
+    runs.sizes[i] = i < count ? sizes[i] : 1;
+    runs.strides[i] = i < count ? strides[i] : 0;
+  }
+  return runs;
+}
+
+SetWords entry_of(const CoupledRows& rows) {
+  return {static_cast<int64_t>(rows.set.kind),
+          rows.set.size,
+          rows.set.tolerance,
+          rows.rows,
+          rows.length,
+          rows.kept_count,
+          rows.reduced_count,
+          runs_of(rows.kept_count, rows.kept_sizes, rows.kept_strides),
+          runs_of(rows.reduced_count, rows.reduced_sizes, rows.reduced_strides)};
+}
+
 // Host memory from which a copy to `device` need not wait for it. A block of pinned memory is not
 // handed out again by torch before the copies out of it have run; pageable memory is copied in the
 // call, for which that has to wait wherever the driver's own staging buffers are full.
@@ -150,7 +186,13 @@ void TritonPlan::hand_over(const Bucket& bucket) {
   static_assert(sizeof(WorkItem) == 2 * sizeof(int32_t));
   std::partition_copy(bucket.items, end, static_cast<WorkItem*>(aligned.mutable_data_ptr()),
                       static_cast<WorkItem*>(others.mutable_data_ptr()), is_aligned);
-  launcher_.attr("bind")(entries, aligned, others, records());
+  constexpr int64_t kWords = sizeof(SetWords) / sizeof(int64_t);
+  at::Tensor set_table =
+      empty_host({static_cast<int64_t>(sets().size()), kWords}, at::kLong, device());
+  auto* const set_entries = static_cast<SetWords*>(set_table.mutable_data_ptr());
+  std::transform(sets().begin(), sets().end(), set_entries,
+                 [](const CoupledRows& rows) { return entry_of(rows); });
+  launcher_.attr("bind")(entries, aligned, others, set_table, records());
 }
 
 at::Tensor TritonPlan::pack(const Bucket& bucket) const {

@@ -21,6 +21,7 @@ class TritonPlan : public Plan {
       : Plan(pair, second_moment, device, block), launcher_(std::move(launcher)) {}
 
  private:
+  bool can_project() const override { return true; }
   void on_bound() override { handed_over_ = false; }
   void launch(const Bucket& bucket) override;
   at::Tensor launch_squared_norm(const Bucket& bucket) override;

@@ -16,8 +16,10 @@ import pytest
 import torch
 import triton_device_scalars as device_checks
 import triton_interpreter as checks
+import triton_projection as projection_checks
 from triton_interpreter import BLOCK, STREAMS, VARIANTS, Shape
 
+from adamal_kernels import L2Ball, Simplex
 from adamal_kernels.backends.triton import TritonBackend
 from adamal_kernels.bucket import BucketKey, SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
@@ -33,6 +35,7 @@ def types_id(dtypes: DtypePair) -> str:
 
 
 every_pair = pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=types_id)
+some_pairs = pytest.mark.parametrize("dtypes", DTYPE_PAIRS[:3], ids=types_id)
 every_plan = pytest.mark.parametrize("plan", checks.BACKENDS)
 every_moment = pytest.mark.parametrize("second_moment", SecondMoment, ids=lambda m: m.name.lower())
 
@@ -140,11 +143,21 @@ def test_2000_groups_are_one_launch_and_no_python_work(interpreted: Run) -> None
 
 def test_steady_state() -> None:
     """The tests of the steady state pass with Triton, too."""
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "test_steady_state.py"]
+    run_with_triton("test_steady_state.py")
+
+
+def test_sets_that_couple_elements() -> None:
+    """The tests of what all backends do with them pass with Triton, but for large and long ones."""
+    left_out = ("every_backend", "ends_in_the_set", "solution_on_the_boundary")
+    run_with_triton("test_coupled.py", *(f"not {name}" for name in left_out))
+
+
+def run_with_triton(file: str, *selected: str) -> None:
+    """Run the tests of a file that step by Triton, in its interpreter."""
+    chosen = " and ".join(("triton", *selected))
     done = subprocess.run(
-        command,
-        cwd=here,
+        [sys.executable, "-m", "pytest", "-q", "-k", chosen, file],
+        cwd=Path(__file__).parent,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -202,6 +215,48 @@ def test_scaled_clipped_and_skipped_steps(
 @pytest.mark.parametrize("steps_before", [1, 3])
 def test_captured_steps(interpreted: Run, steps_before: int) -> None:
     interpreted(device_checks.check_capture, steps_before)
+
+
+def test_captured_projections(interpreted: Run) -> None:
+    interpreted(device_checks.check_capture, 3, (L2Ball(1.0), Simplex()))
+
+
+@every_pair
+def test_projections(interpreted: Run, dtypes: DtypePair) -> None:
+    interpreted(projection_checks.check_layouts, "C++", dtypes, SecondMoment.MONOTONE)
+
+
+@pytest.mark.parametrize("second_moment", [SecondMoment.PLAIN, SecondMoment.AMSGRAD])
+def test_projections_in_the_metric_of_another_moment(
+    interpreted: Run, second_moment: SecondMoment
+) -> None:
+    interpreted(projection_checks.check_layouts, "Python", FLOAT32, second_moment)
+
+
+@some_pairs
+def test_projections_of_wide_rows(interpreted: Run, dtypes: DtypePair) -> None:
+    interpreted(projection_checks.check_wide, dtypes)
+
+
+@pytest.mark.parametrize(
+    ("plan", "evaluations", "dtypes"),
+    [("C++", 0, FLOAT32), ("C++", 2, DTYPE_PAIRS[1]), ("Python", 12, FLOAT32)],
+)
+def test_projections_of_long_rows(
+    interpreted: Run, plan: str, evaluations: int, dtypes: DtypePair
+) -> None:
+    interpreted(projection_checks.check_long, plan, dtypes, evaluations)
+
+
+def test_projection_of_more_chunks_than_lanes(interpreted: Run) -> None:
+    interpreted(projection_checks.check_more_chunks_than_lanes)
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+@pytest.mark.parametrize("capturable", [True, False])
+@every_plan
+def test_what_is_not_projected(interpreted: Run, plan: str, capturable: bool, long: bool) -> None:
+    interpreted(projection_checks.check_not_projected, plan, capturable, long)
 
 
 def test_available_in_the_interpreter(interpreted: Run) -> None:

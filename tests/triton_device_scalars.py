@@ -36,6 +36,7 @@ INPUTS: dict[str, dict[str, float]] = {
     "norm is NaN": {"grad_scale": 2.0, "grad_norm": math.nan, "max_grad_norm": 1.0},
     "scale is inf": {"grad_scale": math.inf},
 }
+_SETS = (None, Box(-1, 1))
 _COUNTS = (0, 1, 2, 9, 999, 1_000_000, 2**24 - 1)
 
 
@@ -135,13 +136,19 @@ def _tensors(*numbers: float) -> tuple[Tensor, ...]:
     return tuple(torch.tensor(number) for number in numbers)
 
 
-def _new_optimizer(backend: str, **options: Any) -> tuple[list[Tensor], AdamAL]:
+def _new_optimizer(
+    backend: str, sets: tuple[Any, Any] = _SETS, **options: Any
+) -> tuple[list[Tensor], AdamAL]:
     generator = torch.Generator().manual_seed(0)
     sizes = (3, 2049, 0, 17, 1, 40)
     params = [torch.randn(n, generator=generator).requires_grad_() for n in sizes]
     groups = [
-        {"params": params[:3], "lr": torch.tensor(0.05, dtype=torch.float64)},
-        {"params": params[3:], "betas": _tensors(0.8, 0.99), "projection": Box(-1, 1)},
+        {
+            "params": params[:3],
+            "lr": torch.tensor(0.05, dtype=torch.float64),
+            "projection": sets[0],
+        },
+        {"params": params[3:], "betas": _tensors(0.8, 0.99), "projection": sets[1]},
     ]
     return params, AdamAL(groups, backend=backend, **options)
 
@@ -151,7 +158,8 @@ def _values(params: list[Tensor], optimizer: AdamAL) -> list[dict[str, Tensor]]:
 
 
 @contextmanager
-def _planned_by(plan: str) -> Iterator[None]:
+def planned_by(plan: str) -> Iterator[None]:
+    """Have the optimizer's steps planned by C++, or by Python."""
     original = registry.BACKENDS["triton"]
     registry.BACKENDS["triton"] = BACKENDS[plan]()
     try:
@@ -162,7 +170,7 @@ def _planned_by(plan: str) -> Iterator[None]:
 
 def check_optimizer(plan: str, capturable: bool, max_grad_norm: float | None) -> None:
     """Check scaled, clipped and skipped steps, the first one checked, the others repeated."""
-    with _planned_by(plan):
+    with planned_by(plan):
         runs = [
             _new_optimizer(backend, capturable=capturable, max_grad_norm=max_grad_norm)
             for backend in ("triton", "reference")
@@ -230,21 +238,25 @@ class Capture:
     def replay() -> None:
         from adamal_kernels.backends.triton_launcher import _captured
 
-        packed, (entries, aligned, others), tables, staged = _captured[-1]
+        packed, (entries, aligned, others, projection), tables, staged = _captured[-1]
         tables.entries.copy_(entries)
         hosts = [items for items in (aligned, others) if len(items)]
         for (_, items), host in zip(tables.items, hosts, strict=True):
             items.copy_(host)
+        if projection is not None:
+            for table, host in zip(tables.projection, projection, strict=True):
+                for made, original in zip(table, host, strict=True):
+                    made.copy_(original)
         staged.buffer[: len(packed)].copy_(packed)
         for launch in staged.launches:
             launch(0)
 
 
-def check_capture(steps_before: int) -> None:
+def check_capture(steps_before: int, sets: tuple[Any, Any] = _SETS) -> None:
     """Check that replays step by what they were captured with, and disturb no other step."""
     capture = Capture()
     with capture.installed():
-        runs = [_new_optimizer(name, capturable=True) for name in ("triton", "reference")]
+        runs = [_new_optimizer(name, sets, capturable=True) for name in ("triton", "reference")]
         (ours, optimizer), (theirs, reference) = runs
         found_inf = torch.tensor(0.0)
         for _, stepped in runs:

@@ -22,6 +22,7 @@ from ..dtypes import compute_dtype
 from ..hyperparameters import StepScalars
 from . import triton_kernels, triton_norm, triton_scalars, triton_watch
 from .triton_plan import TensorEntry
+from .triton_projection import ProjectionTables, prepare_projection, projection_tables
 
 __all__ = ["Launcher", "prepare_launch", "triton_version"]
 
@@ -54,6 +55,7 @@ class _Tables:
     entries: Tensor
     items: list[tuple[bool, Tensor]]
     """Whether they are all aligned, and they."""
+    projection: ProjectionTables | None = None
     records: Tensor | None = None
     """Addresses of each tensor's records; None where steps are not watched."""
     step: _Staged | None = None
@@ -65,7 +67,8 @@ class Launcher:
 
     Every step copies one small buffer to the device and launches a kernel, or two where some
     tensors are misaligned, after another that derives the scalars where only the device knows
-    them; a norm takes three kernels more. Nothing waits for the device.
+    them; a norm takes three kernels more. Of sets that couple elements, rows take a kernel for each
+    kind of length, or a fixed number where they are long. Nothing waits for the device.
 
     In a CUDA graph the copy is a node that reads the same host memory in every replay. Gradients
     then stay where they were, so the same bytes are right, as long as nobody writes others there:
@@ -77,12 +80,17 @@ class Launcher:
         self._key = key
         self._target = None if key.device.type == "cpu" else triton_kernels.target(key.device)
         self._options = triton_kernels.launch_options(self._target)
-        self._host_tables: tuple[Tensor, Tensor, Tensor]
+        self._host_tables: tuple[Tensor, Tensor, Tensor, ProjectionTables | None]
         self._records: Sequence[Tensor] = ()
         self._tables: _Tables | None = None
 
     def bind(
-        self, entries: Tensor, aligned: Tensor, others: Tensor, records: Sequence[Tensor]
+        self,
+        entries: Tensor,
+        aligned: Tensor,
+        others: Tensor,
+        sets: Tensor,
+        records: Sequence[Tensor],
     ) -> None:
         """Take over the tables of the next steps.
 
@@ -91,11 +99,17 @@ class Launcher:
             aligned: int32 ``[item, 2]``, a tensor and its block, of the tensors all of whose
                 streams, gradients included, start at multiples of 16 bytes.
             others: the same of the other tensors.
+            sets: int64 ``[tensor, SET_WORDS]``, rows of :class:`.SetEntry` and the runs that follow
+                one; none unless ``key.coupled``.
             records: of each tensor's work items; empty where steps are not watched.
 
         The tables are host memory, pinned where the device is another.
         """
-        self._host_tables = (entries, aligned, others)
+        projection = None
+        if self._key.coupled:
+            made = projection_tables(sets, compute_dtype(self._key.dtypes.param))
+            projection = made.map(self._host)
+        self._host_tables = (entries, aligned, others, projection)
         self._records = records
         self._tables = None
 
@@ -145,7 +159,7 @@ class Launcher:
         return replace(tables) if capturing else tables
 
     def _upload_tables(self, stream: int) -> _Tables:
-        entries, aligned, others = self._host_tables
+        entries, aligned, others, projection = self._host_tables
         return _Tables(
             stream,
             self._upload(entries),
@@ -154,6 +168,7 @@ class Launcher:
                 for promise, items in ((True, aligned), (False, others))
                 if len(items) > 0
             ],
+            None if projection is None else projection.map(self._upload),
             self._record_addresses(),
         )
 
@@ -200,6 +215,11 @@ class Launcher:
             if tables.records is not None:
                 kernel, tensors = triton_watch.watched_step_kernel, (*tensors, tables.records)
             step.launches.append(self._prepare(kernel, len(items), tensors, constants))
+        if tables.projection is not None:
+            tensors = (tables.entries, inputs, scalars)
+            made = prepare_projection(self._key, tensors, tables.projection, self._prepare)
+            step.launches += made[0]
+            step.memory += made[1]
         tables.step = step
         return step
 
@@ -243,6 +263,10 @@ class Launcher:
         constants: dict[str, object] | None = None,
     ) -> Callable[[int], None]:
         return prepare_launch(kernel, (programs, 1, 1), tensors, constants or {}, self._options)
+
+    def _host(self, tensor: Tensor) -> Tensor:
+        # See csrc/plan_triton.cpp.
+        return tensor if self._target is None else tensor.pin_memory()
 
     def _upload(self, host: Tensor) -> Tensor:
         return host.to(self._key.device, non_blocking=True)

@@ -11,13 +11,22 @@ import torch
 from torch import Tensor
 
 from ..bucket import BucketKey
+from ..coupled import MOST_RUNS, CoupledRows
 from ..dtypes import compute_dtype
 from ..hyperparameters import StepOptions, StepScalars
 
 if TYPE_CHECKING:
     from .triton_launcher import Launcher
 
-__all__ = ["OptionEntry", "PythonPlan", "ScalarSource", "TensorEntry"]
+__all__ = [
+    "SET_WORDS",
+    "OptionEntry",
+    "PythonPlan",
+    "ScalarSource",
+    "SetEntry",
+    "TensorEntry",
+    "set_table",
+]
 
 _ALIGNMENT = 16
 
@@ -31,6 +40,26 @@ class TensorEntry(NamedTuple):
     max_exp_avg_sq: int
     numel: int
     multipliers: int = 0
+
+
+class SetEntry(NamedTuple):
+    """A row of the kernels' ``sets`` table, 8 bytes each: a tensor's set, and how its rows lie.
+
+    What follows it there is ``MOST_RUNS`` sizes and as many strides of ``kept``, and the same of
+    ``reduced``, of :class:`adamal_kernels.coupled.CoupledRows`.
+    """
+
+    kind: int
+    size: float
+    tolerance: float
+    rows: int
+    length: int
+    kept_count: int
+    reduced_count: int
+
+
+SET_WORDS = len(SetEntry._fields) + 4 * MOST_RUNS
+"""Of a tensor in the ``sets`` table."""
 
 
 class ScalarSource(NamedTuple):
@@ -81,8 +110,11 @@ class PythonPlan:
         self._block = block
         self._launcher = launcher
         self._entries: list[TensorEntry] = []
+        self._sets: list[CoupledRows] = []
         self._records: list[Tensor] = []
-        self._bound: tuple[list[TensorEntry], list[bool], list[int]] | None = None
+        self._bound: tuple[list[TensorEntry], list[CoupledRows], list[bool], list[int]] | None = (
+            None
+        )
 
     def bind(
         self,
@@ -90,14 +122,21 @@ class PythonPlan:
         exp_avgs: Sequence[Tensor],
         exp_avg_sqs: Sequence[Tensor],
         max_exp_avg_sqs: Sequence[Tensor],
+        multipliers: Sequence[Tensor],
+        sets: Sequence[CoupledRows],
         records: Sequence[Tensor],
     ) -> None:
-        """Take over the tensors of the next steps."""
-        maxima = [t.data_ptr() for t in max_exp_avg_sqs] or [0] * len(params)
+        """Take over the tensors of the next steps, and their sets where the bucket is coupled."""
+        none = [0] * len(params)
+        maxima = [t.data_ptr() for t in max_exp_avg_sqs] or none
+        of_rows = [t.data_ptr() for t in multipliers] or none
         self._entries = [
-            TensorEntry(p.data_ptr(), m.data_ptr(), v.data_ptr(), v_max, p.numel())
-            for p, m, v, v_max in zip(params, exp_avgs, exp_avg_sqs, maxima, strict=True)
+            TensorEntry(p.data_ptr(), m.data_ptr(), v.data_ptr(), v_max, p.numel(), multiplier)
+            for p, m, v, v_max, multiplier in zip(
+                params, exp_avgs, exp_avg_sqs, maxima, of_rows, strict=True
+            )
         ]
+        self._sets = list(sets)
         self._records = list(records)
 
     def step(self, grads: Sequence[Tensor], scalars: array[float], rows: Sequence[int]) -> None:
@@ -159,12 +198,14 @@ class PythonPlan:
             (e.param | e.exp_avg | e.exp_avg_sq | e.max_exp_avg_sq | grad) % _ALIGNMENT == 0
             for e, grad in zip(entries, addresses, strict=True)
         ]
-        bound = (entries, aligned, [records.data_ptr() for records in self._records])
+        addresses_of_records = [records.data_ptr() for records in self._records]
+        bound = (entries, self._sets, aligned, addresses_of_records)
         if self._bound != bound:
             self._bound = None  # for as long as that may fail
             self._launcher.bind(
                 self._host(torch.tensor(entries, dtype=torch.int64, device="cpu")),
                 *(self._host(self._items(entries, aligned, wanted)) for wanted in (True, False)),
+                self._host(set_table(self._sets)),
                 self._records,
             )
             self._bound = bound
@@ -191,6 +232,22 @@ class PythonPlan:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def set_table(sets: Sequence[CoupledRows]) -> Tensor:
+    """Return int64 ``[tensor, SET_WORDS]``: rows of :class:`SetEntry`, and the runs after each."""
+    packed = bytearray()
+    for rows in sets:
+        kept, reduced = rows.kept, rows.reduced
+        entry = SetEntry(*rows[:3], rows.rows, rows.length, len(kept), len(reduced))
+        packed += struct.pack("=qdd4q", *entry)
+        for runs in (kept, reduced):
+            padded = [*runs, *[(1, 0)] * (MOST_RUNS - len(runs))]
+            for words in zip(*padded, strict=True):
+                packed += struct.pack(f"={MOST_RUNS}q", *words)
+    if not packed:
+        return torch.empty((0, SET_WORDS), dtype=torch.int64, device="cpu")
+    return torch.frombuffer(packed, dtype=torch.int64).view(-1, SET_WORDS)
 
 
 def _option_entry(options: StepOptions, tensors: Sequence[Tensor | None]) -> OptionEntry:
