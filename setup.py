@@ -52,8 +52,10 @@ SOURCES = {
     "_cuda": [
         "csrc/bindings_cuda.cpp",
         "csrc/norm_cuda.cu",
+        "csrc/projection_cuda.cu",
         "csrc/scalars_cuda.cu",
         "csrc/step_cuda.cu",
+        "csrc/watched_step_cuda.cu",
     ],
 }
 # What each backend consists of: the steps on CUDA are planned by _C.

@@ -11,6 +11,7 @@
 from .optimizer import Adam, AdamAL, AdamALW, AdamW
 from .projections import Box, L1Ball, L2Ball, NonNegative, Simplex
 from .version import __version__
+from .watch import ParameterStatistics, Watch
 
 __all__ = [
     "Adam",
@@ -21,6 +22,8 @@ __all__ = [
     "L1Ball",
     "L2Ball",
     "NonNegative",
+    "ParameterStatistics",
     "Simplex",
+    "Watch",
     "__version__",
 ]

@@ -81,5 +81,7 @@ class Bucket:
     """Tensor ``i`` uses ``scalars[rows[i]]``."""
     device_scalars: DeviceScalars | None = None
     """Instead of ``scalars`` where ``key.device_scalars``."""
+    records: list[Tensor] = field(default_factory=list)
+    """Of each tensor's work items (:mod:`.watch_records`); empty where steps are not watched."""
     workspace: dict[str, Any] = field(default_factory=dict)
     """Kept from step to step for the backend: pointer tables, compiled launchers."""

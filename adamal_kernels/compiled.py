@@ -289,7 +289,13 @@ def _step_given(optimizer: _AdamBase, given: Mapping[int, _Given], inputs: StepI
         _step_copies(optimizer, given, inputs)
         return
     with _gradients_as_given(params, given):
-        optimizer._plan.step(optimizer.param_groups, optimizer.state, optimizer._options, inputs)
+        optimizer._plan.step(
+            optimizer.param_groups,
+            optimizer.state,
+            optimizer._options,
+            inputs,
+            records=optimizer._records,
+        )
 
 
 def _is_own(optimizer: _AdamBase, param: Tensor, given: _Given) -> bool:
@@ -313,6 +319,7 @@ def _step_copies(optimizer: _AdamBase, given: Mapping[int, _Given], inputs: Step
     """Step copies of the optimizer's tensors, which the graph copies back."""
     groups = []
     state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+    owners: dict[Tensor, Tensor] = {}
     member = itertools.count()
     for group in optimizer.param_groups:
         params = []
@@ -326,8 +333,10 @@ def _step_copies(optimizer: _AdamBase, given: Mapping[int, _Given], inputs: Step
                 param.grad_dtype = of_param.grad.dtype
             param.grad = of_param.grad
             state[param] = dict(of_param.state)
+            owners[param] = own
         groups.append({**group, "params": params})
-    optimizer._plan.step(groups, state, optimizer._options, inputs, repeats=False)
+    records = None if optimizer._records is None else optimizer._records.of_copies(owners)
+    optimizer._plan.step(groups, state, optimizer._options, inputs, records=records, repeats=False)
     for of_param, held in zip(given.values(), state.values(), strict=True):
         for name, tensor in of_param.state.items():
             if held[name] is not tensor:

@@ -250,17 +250,20 @@ def project_rows(
     evaluations = 0
     while bool(searching.any()):
         first, second = sums(*_set_terms(rows.kind, y, d, multiplier.unsqueeze(1)))
-        is_finite = first.isfinite() & second.isfinite()
+        is_last = multiplier != _ALL_ELEMENTS
+        # From these every element counts. Where the whole metric is infinite, none does: none can
+        # move.
+        counts_all = multiplier == 0 if rows.kind == L1Ball.kind else ~is_last
+        is_finite = first.isfinite() & second.isfinite() & ~(counts_all & (second == 0))
         multiplier = torch.where(searching & ~is_finite, 0.0, multiplier)
         searching = searching & is_finite
         length = rounded_sqrt(first) if rows.kind == L2Ball.kind else first
         excess = length - size
         following = _next_multiplier(rows.kind, size, excess, first, second, multiplier)
         evaluations += 1
-        is_last = multiplier != _ALL_ELEMENTS
         is_close = is_last & (excess.abs() <= _SEARCH_TOLERANCES[rows.kind] * rows.size)
-        is_stuck = (is_last & (excess <= 0) & (evaluations > 1)) | (following == multiplier)
-        is_stuck = ~is_close & (is_stuck | (evaluations >= _MOST_EVALUATIONS))
+        is_stuck = ((excess <= 0) & (evaluations > 1)) | (following == multiplier)
+        is_stuck = is_last & ~is_close & (is_stuck | (evaluations >= _MOST_EVALUATIONS))
         is_scaled = length > (0 if rows.kind == Simplex.kind else rows.size)
         scale = torch.where(searching & is_stuck & is_scaled, size / length, scale)
         multiplier = torch.where(searching & ~is_stuck, following, multiplier)

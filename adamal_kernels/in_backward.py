@@ -108,7 +108,7 @@ class StepperInBackward:
             own.state[param] = held
         else:
             own.state.pop(param, None)
-        own.plan.step(own.groups, own.state, optimizer._options, inputs)
+        own.plan.step(own.groups, own.state, optimizer._options, inputs, records=optimizer._records)
         if not held:
             optimizer.state[param] = own.state[param]
         optimizer._opt_called = True

@@ -31,6 +31,8 @@ from .options import (
 )
 from .plan import Plan
 from .projections import Projection
+from .watch import Watch
+from .watch_records import WatchRecords
 
 __all__ = ["Adam", "AdamAL", "AdamALW", "AdamW"]
 
@@ -73,6 +75,7 @@ class _AdamBase(Optimizer):
 
     _monotone: ClassVar[bool]
     _in_backward: Sequence[StepperInBackward] = ()
+    _records: WatchRecords | None = None
     # Tells torch.amp.GradScaler that step() unscales, and skips, by itself.
     _step_supports_amp_scaling = True
 
@@ -175,7 +178,7 @@ class _AdamBase(Optimizer):
         if self._in_backward:
             in_backward.check_inputs(inputs)
         self._opt_called = True
-        self._plan.step(self.param_groups, self.state, self._options, inputs)
+        self._plan.step(self.param_groups, self.state, self._options, inputs, records=self._records)
         if is_captured:
             self._plan.keep_for_graph()
         return loss
@@ -223,6 +226,45 @@ class _AdamBase(Optimizer):
             (tensor([ 0.5000, -0.5000]), None)
         """
         return in_backward.step_in_backward(self, model)
+
+    def watch(self) -> Watch:
+        """Watch every step from now on, from inside it: no second pass, no waiting until read.
+
+        Of each parameter's last step: how many elements' ``v`` grew and when any last did, the
+        smallest and largest effective step size, the least change of the regularization budget
+        (equation 15's Γ, with the step's own denominator) and how much of the parameter lies on
+        the boundary of its set. :class:`ParameterStatistics` has each. Parameters, state and
+        checkpoints are what they are without; a copy, and what is pickled, is not watched; loading
+        a checkpoint begins anew.
+
+        Off, it costs nothing. It works with every option and backend. In a CUDA graph it has to
+        be on, or off, when the step is captured.
+
+        Returns:
+            What reads the statistics, and ends them by ``stop()`` or as a context manager.
+
+        Raises:
+            RuntimeError: the optimizer is being watched already.
+
+        Example:
+            >>> import torch
+            >>> from adamal_kernels import AdamAL, Box
+            >>> p = torch.nn.Parameter(torch.tensor([1.0, -0.75]))
+            >>> optimizer = AdamAL([p], lr=0.5, eps=0.0, projection=Box(-1, 0.5))
+            >>> with optimizer.watch() as watch:
+            ...     for _ in range(2):
+            ...         p.grad = torch.tensor([1.0, 2.0])
+            ...         optimizer.step()
+            >>> found = watch.read()[p]
+            >>> found.step, found.grown_fraction, found.boundary_fraction
+            (2, 1.0, 0.5)
+        """
+        if self._records is not None:
+            raise RuntimeError(
+                "the optimizer is being watched already; use what watch() returned then, or call "
+                "its stop()"
+            )
+        return Watch(self)
 
     def _leave_to_backward(self, steppers: Sequence[StepperInBackward]) -> None:
         self._in_backward = steppers
@@ -343,6 +385,8 @@ class _AdamBase(Optimizer):
             stepped_apart = self._plan.stepped_apart
         super().__setstate__(state)
         self._plan = Plan()
+        if self._records is not None:
+            self._records.clear()
         if "_handle" not in self.__dict__:
             self._handle = compiled.new_handle(self)
         self._plan.skipped_steps = skipped_steps

@@ -43,6 +43,7 @@ from .options import GroupOptions
 from .rounding import rounded_sqrt
 from .split_rows import Stepped, project_split_rows
 from .steady_state import Binding, bind, bound_places
+from .watch_records import WatchRecords
 
 __all__ = ["Plan"]
 
@@ -69,6 +70,7 @@ class Plan:
         self._bound_spreads: list[Any] = []
         self._spreads: list[Any] = []  # of all parameters, whether or not they have gradients
         self._captured: list[Any] = []
+        self._records: WatchRecords | None = None
         self.backends_used: tuple[str, ...] = ()
         """Names of the backends of the last step that was checked."""
         self.grad_norm: Tensor | None = None
@@ -85,6 +87,7 @@ class Plan:
         read_options: Callable[[dict[str, Any]], GroupOptions],
         inputs: StepInputs,
         *,
+        records: WatchRecords | None = None,
         repeats: bool = True,
     ) -> None:
         """Step every parameter that has a gradient.
@@ -95,6 +98,7 @@ class Plan:
             read_options: checks a group and returns its options.
             inputs: what may scale, clip or skip the step. The norm is found here, if
                 ``max_grad_norm`` is finite.
+            records: where the step's statistics are kept; None: it is not watched.
             repeats: whether steps of the same tensors are to be expected.
 
         Raises:
@@ -102,6 +106,9 @@ class Plan:
                 state tensor or a backend cannot be used; nothing has been changed then.
         """
         self.grad_norm = None
+        if repeats and records is not self._records:
+            self._steady_state = None
+        self._records = records
         if repeats and self._steady_state is not None:
             inputs = inputs._replace(skipped_steps=self.skipped_steps)
             if self._steady_state.step(param_groups, state, *inputs, self._norm_of_bound):
@@ -123,7 +130,9 @@ class Plan:
         The graph has the addresses of the tables and counts; a later change of the optimizer binds
         others.
         """
-        self._captured.append((self._steady_state, self.grad_norm, self.skipped_steps))
+        self._captured.append(
+            (self._steady_state, self.grad_norm, self.skipped_steps, self._records)
+        )
 
     def _checked_step(
         self,
@@ -204,6 +213,8 @@ class Plan:
                 index = len(bucket.params) - 1
                 split_rows.append(Stepped(entry, bucket, index, held[MULTIPLIER], held["step"]))
 
+        if self._records is not None:
+            self._append_records(entries, bucket_of)
         for backend, bucket in buckets.values():
             backend.step(bucket)
         for split in split_rows:
@@ -221,6 +232,21 @@ class Plan:
         if buckets:
             self.backends_used = tuple(sorted({name for name, _ in buckets}))
         return in_place and not write_backs
+
+    def _append_records(self, entries: Sequence[Entry], bucket_of: Sequence[Bucket]) -> None:
+        """Append the records of each entry to its bucket."""
+        assert self._records is not None
+        members: dict[int, list[Entry]] = {}
+        for entry, bucket in zip(entries, bucket_of, strict=True):
+            members.setdefault(id(bucket), []).append(entry)
+        for bucket in {id(bucket): bucket for bucket in bucket_of}.values():
+            of_bucket = members[id(bucket)]
+            bucket.records = self._records.of_bucket(
+                [entry.owner for entry in of_bucket],
+                [param.numel() for param in bucket.params],
+                of_bucket[0].backend,
+                bucket.key,
+            )
 
     def _complete(
         self, inputs: StepInputs, buckets: Iterable[tuple[Backend, Bucket]]
@@ -291,7 +317,7 @@ class Plan:
         if not bindings or overlapping_pair(tensors) is not None:
             return None
         self._bound_spreads = [key.spread for _, key in bound_places(bindings)]
-        return bind(param_groups, options, state, bindings)
+        return bind(param_groups, options, state, bindings, self._records)
 
 
 def _bound_rows(param: Tensor, options: GroupOptions) -> CoupledRows | None:

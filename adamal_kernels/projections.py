@@ -57,6 +57,18 @@ class Projection:
         """
         raise NotImplementedError
 
+    def on_boundary(self, param: Tensor, multiplier: Tensor | None) -> Tensor:
+        """Return which elements of a parameter lie on the set's boundary.
+
+        Args:
+            param: in the set, as a step leaves it.
+            multiplier: its state of that name, where rows are spread over processes; else None.
+
+        Returns:
+            A boolean tensor, of a shape that expands to the parameter's.
+        """
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Box(Projection):
@@ -117,6 +129,10 @@ class Box(Projection):
             )
         return lower, upper
 
+    def on_boundary(self, param: Tensor, multiplier: Tensor | None) -> Tensor:
+        """See :meth:`Projection.on_boundary`."""
+        return _at_bounds(param, *self.bounds(param.dtype))
+
 
 @dataclass(frozen=True)
 class NonNegative(Projection):
@@ -131,6 +147,15 @@ class NonNegative(Projection):
     def bounds(self, dtype: torch.dtype) -> tuple[float, float]:
         """See :meth:`Projection.bounds`."""
         return 0.0, math.inf
+
+    def on_boundary(self, param: Tensor, multiplier: Tensor | None) -> Tensor:
+        """See :meth:`Projection.on_boundary`."""
+        return _at_bounds(param, *self.bounds(param.dtype))
+
+
+def _at_bounds(param: Tensor, lower: float, upper: float) -> Tensor:
+    """Return which elements equal a bound, as a clamp leaves them; one at infinity is none."""
+    return ((param == lower) | (param == upper)) & param.isfinite()
 
 
 def _round_up(value: float, dtype: torch.dtype) -> float:
@@ -181,6 +206,18 @@ class CoupledSet(Projection):
     def bounds(self, dtype: torch.dtype) -> tuple[float, float]:
         """See :meth:`Projection.bounds`: there are none that every element keeps by itself."""
         return -math.inf, math.inf
+
+    def on_boundary(self, param: Tensor, multiplier: Tensor | None) -> Tensor:
+        """See :meth:`Projection.on_boundary`: the elements of rows as large as they may be.
+
+        Of rows that are spread over processes: of those that the last step projected.
+        """
+        if multiplier is not None:
+            return multiplier != 0
+        dims = self.reduced_dims(param.dim())
+        order = 2 if isinstance(self, L2Ball) else 1
+        sizes = torch.linalg.vector_norm(param.double(), order, dims or None, keepdim=True)
+        return sizes >= self.size * (1 - torch.finfo(param.dtype).eps)
 
     def check_parameter(self, param: Tensor, where: str) -> None:
         """Check that the set is one for ``param``.
@@ -376,6 +413,10 @@ class Simplex(CoupledSet):
                 f"{torch.finfo(dtype).max}); use a smaller total or a wider parameter type"
             )
         return super().bounds(dtype)
+
+    def on_boundary(self, param: Tensor, multiplier: Tensor | None) -> Tensor:
+        """See :meth:`Projection.on_boundary`: the elements that are 0."""
+        return param == 0
 
     def check_parameter(self, param: Tensor, where: str) -> None:
         """See :meth:`CoupledSet.check_parameter`; raises ValueError where a row is empty too."""

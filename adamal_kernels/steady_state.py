@@ -13,9 +13,10 @@ from torch import Tensor
 from .backends.planned import PlannedBackend, bound_options, bound_rows
 from .bucket import BucketKey
 from .coupled import CoupledRows
-from .distributed import sharded_class
+from .distributed import local_part, sharded_class
 from .options import GroupOptions
 from .projections import Projection
+from .watch_records import WatchRecords
 
 __all__ = ["Binding", "bind", "bound_places"]
 
@@ -37,6 +38,7 @@ def bind(
     options: Sequence[GroupOptions],
     state: MutableMapping[Tensor, dict[str, Any]],
     bindings: dict[Tensor, Binding],
+    records: WatchRecords | None,
 ) -> Any | None:
     """Return a ``SteadyState`` whose ``step(param_groups, state)`` repeats checked steps.
 
@@ -47,6 +49,7 @@ def bind(
         options: the checked options of each group.
         state: the optimizer's state.
         bindings: how each parameter that has state is stepped.
+        records: where the steps' statistics are kept; None: they are not watched.
 
     Returns:
         None where an option could change without its object changing, such as a list of betas, or
@@ -99,7 +102,17 @@ def bind(
     for pack, stepped in zip(packs, params, strict=True):
         for param, step in zip(stepped, pack.unbind(), strict=True):
             state[param]["step"] = step
-    return steady if steady.bind(state) else None
+    kept: list[list[Tensor]] = [[] for _ in places]
+    if records is not None:
+        kept = [
+            records.of_bucket(stepped, [_real_numel(p) for p in stepped], backends[name], key)
+            for (name, key), stepped in zip(places, params, strict=True)
+        ]
+    return steady if steady.bind(state, kept) else None
+
+
+def _real_numel(param: Tensor) -> int:
+    return local_part(param).numel() * (2 if param.is_complex() else 1)
 
 
 def _packed(counts: list[Tensor]) -> Tensor:

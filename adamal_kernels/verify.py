@@ -29,15 +29,24 @@ Values = list[dict[str, Tensor]]
 
 
 def run_case(case: Case, backend: str, device: torch.device | str, steps: int = STEPS) -> Values:
-    """Run ``case`` with the optimizer and return every parameter and state tensor by name."""
+    """Run ``case`` with the optimizer and return every parameter and state tensor by name.
+
+    The second half of the steps is watched; ``statistics`` are what was seen.
+    """
     params = case.params(device)
     cls = AdamAL if case.second_moment is SecondMoment.MONOTONE else Adam
     optimizer = cls(case.groups(params), backend=backend)
     for step in range(steps):
+        if step == steps // 2:
+            watch = optimizer.watch()
         for param, grad in zip(params, case.grads(step, params), strict=True):
             param.grad = grad
         optimizer.step()
-    return [{"param": p.detach(), **optimizer.state[p]} for p in params]
+    seen = watch.read()
+    return [
+        {"param": p.detach(), "statistics": seen[p].as_tensor(), **optimizer.state[p]}
+        for p in params
+    ]
 
 
 def run_oracle(case: Case, steps: int = STEPS) -> list[Oracle]:

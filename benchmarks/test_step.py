@@ -2,7 +2,7 @@
 
     python -m pytest benchmarks -k "2000x16" --benchmark-group-by=group
 
-``python -m adamal_kernels bench`` is the fairer comparison: there all contenders take turns.
+``python -m adamal_kernels bench`` is the fairer comparison: there two contenders take turns.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ void check_multiplier(const at::Tensor& multiplier, const CoupledRows& rows, c10
 // Binds the tensors of a bucket as adamal_kernels.bucket.Bucket holds it.
 void bind(Plan& plan, const Tensors& params, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
           const Tensors& max_exp_avg_sqs, const Tensors& multipliers,
-          const std::vector<CoupledRows>& sets) {
+          const std::vector<CoupledRows>& sets, const Tensors& records) {
   const bool amsgrad = plan.second_moment() == SecondMoment::amsgrad;
   check_same_length(params.size(), exp_avgs.size(), "exp_avgs");
   check_same_length(params.size(), exp_avg_sqs.size(), "exp_avg_sqs");
@@ -117,7 +117,7 @@ void bind(Plan& plan, const Tensors& params, const Tensors& exp_avgs, const Tens
                        amsgrad ? max_exp_avg_sqs[i].data_ptr() : nullptr, params[i].numel(),
                        multiplier});
   }
-  plan.bind(entries, sets);
+  plan.bind(entries, sets, records);
 }
 
 // Of gradients alone: binds no other tensors, so the plan is not one that steps.
@@ -216,7 +216,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("kept"), py::arg("reduced"));
   py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan")
       .def("bind", &bind, py::arg("params"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
-           py::arg("max_exp_avg_sqs"), py::arg("multipliers"), py::arg("sets"))
+           py::arg("max_exp_avg_sqs"), py::arg("multipliers"), py::arg("sets"), py::arg("records"))
+      .def_property_readonly("chunk", &Plan::chunk)
       .def("step", &step, py::arg("grads"), py::arg("scalars"), py::arg("rows"))
       .def("step_on_device", &step_on_device, py::arg("grads"), py::arg("options"),
            py::arg("scalar_tensors"), py::arg("rows"), py::arg("counts"), py::kw_only(),
@@ -283,7 +284,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("sets"))
       .def_property_readonly("plan_count", &SteadyState::plan_count)
       .def_property_readonly("row_count", &SteadyState::row_count)
-      .def("bind", &SteadyState::bind, py::arg("state"))
+      .def("bind", &SteadyState::bind, py::arg("state"), py::arg("records"))
       .def(
           "step",
           [](SteadyState& self, const py::handle& groups, const py::handle& state,

@@ -6,8 +6,9 @@
 namespace py = pybind11;
 
 namespace {
-adamal::CudaApi api{&adamal::step_cuda, &adamal::device_rows_bytes, &adamal::squared_norm_cuda,
-                    &adamal::upload_cuda};
+adamal::CudaApi api{
+    &adamal::step_cuda,         &adamal::watched_step_cuda, &adamal::step_and_project_cuda,
+    &adamal::device_rows_bytes, &adamal::squared_norm_cuda, &adamal::upload_cuda};
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {

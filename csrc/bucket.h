@@ -7,6 +7,7 @@
 #include "coupled_rows.h"
 #include "device_scalars.h"
 #include "dtypes.h"
+#include "watch.h"
 
 namespace adamal {
 
@@ -46,6 +47,7 @@ struct Bucket {
   int64_t scalar_count;
   const DeviceScalars* device;  // instead of scalars; else null
   const CoupledRows* sets;      // per tensor; null where no set couples elements
+  ItemRecord* const* records;   // per tensor, of each of its items; null: the step is not watched
 };
 
 // What selects a kernel, as types.

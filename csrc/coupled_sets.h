@@ -131,9 +131,12 @@ ADAMAL_HD inline void continue_search(const CoupledSet& set, SetTerms sums, RowS
   using std::sqrt;
   const double infinity = INFINITY;
   const double before = search->multiplier;
+  const bool all = before == kAllElements;  // Not yet a point of the set.
   const bool is_finite = sums.first < infinity && sums.first > -infinity &&
                          sums.second < infinity && sums.second > -infinity;
-  if (!is_finite) {
+  // From these every element counts. Where the whole metric is infinite, none does: none can move.
+  const bool counts_all = all || (set.kind == SetKind::l1_ball && before == 0);
+  if (!is_finite || (counts_all && sums.second == 0)) {
     *search = {0, 1, SearchState::left_alone, search->evaluations};
     return;
   }
@@ -141,7 +144,6 @@ ADAMAL_HD inline void continue_search(const CoupledSet& set, SetTerms sums, RowS
   const double size = is_ball ? sqrt(sums.first) : sums.first;
   const double excess = size - set.size;
   const double distance = excess < 0 ? -excess : excess;
-  const bool all = before == kAllElements;  // Not yet a point of the set.
   double next;
   if (is_ball) {
     next = before + excess / set.size * (sums.first / sums.second);
@@ -154,9 +156,8 @@ ADAMAL_HD inline void continue_search(const CoupledSet& set, SetTerms sums, RowS
   const bool is_below = search->evaluations > 0 && excess <= 0;
   ++search->evaluations;
   const bool is_close = !all && distance <= search_tolerance(set.kind) * set.size;
-  // Where no element can move, the multiplier cannot either, not even from kAllElements.
-  const bool is_stuck = !is_close && ((is_below && !all) || next == before ||
-                                      search->evaluations >= kMostEvaluations);
+  const bool is_stuck =
+      !all && !is_close && (is_below || next == before || search->evaluations >= kMostEvaluations);
   if (is_close || is_stuck) search->state = SearchState::found;
   if (!is_stuck) {
     search->multiplier = next;

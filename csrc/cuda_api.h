@@ -6,10 +6,12 @@
 
 namespace adamal {
 
-inline constexpr const char* kCudaApiCapsule = "adamal_kernels.cuda_api/2";
+inline constexpr const char* kCudaApiCapsule = "adamal_kernels.cuda_api/3";
 
 struct CudaApi {
   decltype(&step_cuda) step;
+  decltype(&watched_step_cuda) watched_step;
+  decltype(&step_and_project_cuda) step_and_project;
   decltype(&device_rows_bytes) rows_bytes;
   decltype(&squared_norm_cuda) squared_norm;
   decltype(&upload_cuda) upload;

@@ -18,6 +18,12 @@ template <typename T>
 inline constexpr int kNormChunk = 8192 / int(sizeof(T));
 inline constexpr int kNormLanes = 256;
 
+inline int64_t power_of_two_from(int64_t count) {
+  int64_t power = 1;
+  while (power < count) power *= 2;
+  return power;
+}
+
 // A gradient's square in float64; T is the compute type.
 template <typename T, typename Grad>
 ADAMAL_HD inline double square_of(Grad grad) {
@@ -69,7 +75,8 @@ struct NormTree {
 };
 
 // A thread's part of one level of a tree over `count` values, `stride` apart.
-ADAMAL_HD inline void add_level(double* values, int count, int stride, int thread) {
+template <typename Value>
+ADAMAL_HD inline void add_level(Value* values, int count, int stride, int thread) {
   for (int i = thread * 2 * stride; i + stride < count; i += kCudaBlockThreads * 2 * stride) {
     values[i] = values[i] + values[i + stride];
   }

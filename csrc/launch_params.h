@@ -132,8 +132,6 @@ static_assert(sizeof(LargeLaunchParams<double>) <= 32764);
 template <typename T>
 class LaunchSplitter {
  public:
-  using Params = LargeLaunchParams<T>;
-
   LaunchSplitter(const Bucket& bucket, const TensorEntry* device_tensors,
                  const WorkItem* device_items)
       : bucket_(bucket),
@@ -141,7 +139,8 @@ class LaunchSplitter {
         device_items_(device_items),
         slot_of_row_(bucket.scalar_count, kNoSlot) {}
 
-  // Fills `params` for the next launch; false when nothing is left.
+  // Fills `params`, large or small ones, for the next launch; false when nothing is left.
+  template <typename Params>
   bool next(Params* params) {
     skip_tensors_at_rest();
     if (tensor_ == bucket_.tensor_count) return false;
@@ -160,6 +159,7 @@ class LaunchSplitter {
 
   // Of the launch that next() filled.
   int64_t block_count() const { return block_count_; }
+  int tensor_count() const { return tensor_count_; }
 
   template <typename Smaller>
   bool fits() const {
@@ -167,7 +167,7 @@ class LaunchSplitter {
   }
 
   template <typename Smaller>
-  Smaller shrink(const Params& params) const {
+  Smaller shrink(const LargeLaunchParams<T>& params) const {
     Smaller smaller;
     smaller.tensors = params.tensors;
     smaller.items = params.items;
@@ -180,7 +180,7 @@ class LaunchSplitter {
 
  private:
   static constexpr uint16_t kNoSlot = 0xffff;
-  static_assert(Params::kRowCapacity < kNoSlot);
+  static_assert(LargeLaunchParams<T>::kRowCapacity < kNoSlot);
 
   int64_t item_count(int64_t tensor) const {
     return (bucket_.tensors[tensor].numel + kCudaChunk<T> - 1) / kCudaChunk<T>;
@@ -195,6 +195,7 @@ class LaunchSplitter {
   }
 
   // False if the parameters have no room left for it.
+  template <typename Params>
   bool add_tensor(Params* params) {
     if (tensor_count_ == Params::kTensorCapacity) return false;
     const void* grad = bucket_.grads[tensor_];

@@ -15,9 +15,11 @@
 
 #ifdef __CUDACC__
 #define ADAMAL_UNROLL _Pragma("unroll")
+#define ADAMAL_ROLL _Pragma("unroll 1")
 #define ADAMAL_INLINE __forceinline__
 #else
 #define ADAMAL_UNROLL
+#define ADAMAL_ROLL
 #define ADAMAL_INLINE inline
 #endif
 
@@ -158,11 +160,20 @@ inline constexpr int kVectorWidth =
     kAccessBytes / int(min_of(min_of(sizeof(typename Chunk::Param), sizeof(typename Chunk::Grad)),
                               sizeof(typename Chunk::Moment)));
 
+// What a thread does besides: nothing. watched_block.h has the other.
+struct NotWatching {
+  template <typename T>
+  ADAMAL_HD ADAMAL_INLINE void begin(const StepScalars<T>&) {}
+  template <typename T>
+  ADAMAL_HD ADAMAL_INLINE void see(T, T) {}
+};
+
 // Steps kBatch packs of kLanes elements, the first at `first`, each `stride` further. All loads
 // are issued before the first is used: their latencies overlap.
-template <SecondMoment kSecondMoment, int kLanes, int kBatch, typename Chunk, typename T>
+template <SecondMoment kSecondMoment, int kLanes, int kBatch, typename Chunk, typename T,
+          typename Watch>
 ADAMAL_HD ADAMAL_INLINE void step_packs(const Chunk& chunk, const StepScalars<T>& scalars,
-                                        int first, int stride) {
+                                        int first, int stride, Watch& watch) {
   constexpr bool kHasMax = kSecondMoment == SecondMoment::amsgrad;
   Pack<typename Chunk::Param, kLanes> param[kBatch];
   Pack<typename Chunk::Grad, kLanes> grad[kBatch];
@@ -191,7 +202,9 @@ ADAMAL_HD ADAMAL_INLINE void step_packs(const Chunk& chunk, const StepScalars<T>
                    static_cast<T>(decode(exp_avg[i].lane[j])),
                    static_cast<T>(decode(exp_avg_sq[i].lane[j])), T(0)};
       if constexpr (kHasMax) e.max_exp_avg_sq = static_cast<T>(decode(max_exp_avg_sq[i].lane[j]));
+      const T before = kHasMax ? e.max_exp_avg_sq : e.exp_avg_sq;
       e = step_element<kSecondMoment>(e, static_cast<T>(decode(grad[i].lane[j])), scalars);
+      watch.see(before, e.max_exp_avg_sq);
       param[i].lane[j] = encode<typename Chunk::Param>(e.param);
       exp_avg[i].lane[j] = encode<typename Chunk::Moment>(e.exp_avg);
       exp_avg_sq[i].lane[j] = encode<typename Chunk::Moment>(e.exp_avg_sq);
@@ -213,9 +226,9 @@ ADAMAL_HD ADAMAL_INLINE void step_packs(const Chunk& chunk, const StepScalars<T>
 }
 
 // One thread's share of a chunk. Neighbouring threads take neighbouring vectors.
-template <SecondMoment kSecondMoment, typename Chunk, typename T>
+template <SecondMoment kSecondMoment, typename Chunk, typename T, typename Watch>
 ADAMAL_HD ADAMAL_INLINE void step_chunk(const Chunk& chunk, const StepScalars<T>& scalars,
-                                        int thread) {
+                                        int thread, Watch& watch) {
   constexpr int kWidth = kVectorWidth<Chunk>;
   constexpr int kVectors = kCudaThreadElements<T> / kWidth;
   static_assert(kVectors * kWidth == kCudaThreadElements<T>);
@@ -225,29 +238,38 @@ ADAMAL_HD ADAMAL_INLINE void step_chunk(const Chunk& chunk, const StepScalars<T>
     constexpr int kBatch = 4;
     int i = thread;
     for (; i + (kBatch - 1) * kThreads < chunk.count; i += kBatch * kThreads) {
-      step_packs<kSecondMoment, 1, kBatch>(chunk, scalars, i, kThreads);
+      step_packs<kSecondMoment, 1, kBatch>(chunk, scalars, i, kThreads, watch);
     }
     for (; i < chunk.count; i += kThreads) {
-      step_packs<kSecondMoment, 1, 1>(chunk, scalars, i, 0);
+      step_packs<kSecondMoment, 1, 1>(chunk, scalars, i, 0, watch);
     }
   } else if (chunk.count == kCudaChunk<T>) {
-    step_packs<kSecondMoment, kWidth, kVectors>(chunk, scalars, thread * kWidth, kThreads * kWidth);
+    step_packs<kSecondMoment, kWidth, kVectors>(chunk, scalars, thread * kWidth, kThreads * kWidth,
+                                                watch);
   } else {
     for (int i = thread * kWidth; i < chunk.count; i += kThreads * kWidth) {
       if (i + kWidth <= chunk.count) {
-        step_packs<kSecondMoment, kWidth, 1>(chunk, scalars, i, 0);
+        step_packs<kSecondMoment, kWidth, 1>(chunk, scalars, i, 0, watch);
       } else {
         for (int j = i; j < chunk.count; ++j) {
-          step_packs<kSecondMoment, 1, 1>(chunk, scalars, j, 0);
+          step_packs<kSecondMoment, 1, 1>(chunk, scalars, j, 0, watch);
         }
       }
     }
   }
 }
 
+// Resident blocks a multiprocessor must hold, which caps the registers: without it ptxas aims at 64
+// registers and spills, with one more block as well. float64 and a third moment need more of them.
+template <SecondMoment kSecondMoment, typename T>
+inline constexpr int kStepResidentBlocks =
+    sizeof(T) == sizeof(double) || kSecondMoment == SecondMoment::amsgrad ? 2 : 3;
+
 // One thread of one block of a launch; LaunchParams is in launch_params.h.
-template <SecondMoment kSecondMoment, typename Param, typename Grad, typename LaunchParams>
-ADAMAL_HD ADAMAL_INLINE void step_block(const LaunchParams& params, int64_t block, int thread) {
+template <SecondMoment kSecondMoment, typename Param, typename Grad, typename LaunchParams,
+          typename Watch>
+ADAMAL_HD ADAMAL_INLINE void step_block(const LaunchParams& params, int64_t block, int thread,
+                                        Watch& watch) {
   using T = ComputeType<Param>;
   if (params.is_skipped()) return;
   const WorkItem item = params.items[block];
@@ -276,7 +298,14 @@ ADAMAL_HD ADAMAL_INLINE void step_block(const LaunchParams& params, int64_t bloc
     chunk.max_exp_avg_sq = static_cast<T*>(tensor.max_exp_avg_sq) + offset;
   }
   const StepScalars<T> scalars = params.scalars_of(slot);
-  step_chunk<kSecondMoment>(chunk, scalars, thread);
+  watch.begin(scalars);
+  step_chunk<kSecondMoment>(chunk, scalars, thread, watch);
+}
+
+template <SecondMoment kSecondMoment, typename Param, typename Grad, typename LaunchParams>
+ADAMAL_HD ADAMAL_INLINE void step_block(const LaunchParams& params, int64_t block, int thread) {
+  NotWatching watch;
+  step_block<kSecondMoment, Param, Grad>(params, block, thread, watch);
 }
 
 }  // namespace adamal

@@ -10,3 +10,10 @@
 #else
 #define ADAMAL_MULTIVERSIONED
 #endif
+
+// A part of such a loop: inlined always, for by itself it would be compiled for the baseline only.
+#if defined(__GNUC__)
+#define ADAMAL_FLATTENED __attribute__((always_inline)) inline
+#else
+#define ADAMAL_FLATTENED inline
+#endif

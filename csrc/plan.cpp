@@ -45,14 +45,26 @@ void check_sets(const std::vector<TensorEntry>& tensors, const std::vector<Coupl
 
 }  // namespace
 
-void Plan::bind(const std::vector<TensorEntry>& tensors, const std::vector<CoupledRows>& sets) {
-  if (tensors == tensors_ && sets == sets_) return;
+void Plan::bind(const std::vector<TensorEntry>& tensors, const std::vector<CoupledRows>& sets,
+                const std::vector<at::Tensor>& records) {
+  std::vector<ItemRecord*> record_addresses;
+  for (size_t i = 0; i < records.size(); ++i) {
+    TORCH_CHECK(
+        records.size() == tensors.size() && records[i].scalar_type() == at::kLong &&
+            records[i].device() == device_ && records[i].is_contiguous() &&
+            records[i].numel() == (tensors[i].numel + chunk_ - 1) / chunk_ * kItemRecordWords,
+        "records must be int64, ", kItemRecordWords, " a work item, on ", device_);
+    record_addresses.push_back(static_cast<ItemRecord*>(records[i].mutable_data_ptr()));
+  }
+  if (tensors == tensors_ && sets == sets_ && record_addresses == record_addresses_) return;
   if (!sets.empty()) {
     TORCH_CHECK(can_project(),
                 "projection: this backend has no kernels for sets that couple elements; use "
                 "backend='foreach'");
     check_sets(tensors, sets);
   }
+  records_ = records;
+  record_addresses_ = record_addresses;
   items_.clear();
   for (size_t i = 0; i < tensors.size(); ++i) {
     const int64_t chunks = (tensors[i].numel + chunk_ - 1) / chunk_;
@@ -68,12 +80,19 @@ void Plan::bind(const std::vector<TensorEntry>& tensors, const std::vector<Coupl
 }
 
 Bucket Plan::bucket_of(const std::vector<const void*>& grads, const uint32_t* rows) const {
-  return {pair_,           second_moment_,
-          tensors_.data(), static_cast<int64_t>(tensors_.size()),
-          items_.data(),   static_cast<int64_t>(items_.size()),
-          grads.data(),    rows,
-          nullptr,         0,
-          nullptr,         sets_.empty() ? nullptr : sets_.data()};
+  return {pair_,
+          second_moment_,
+          tensors_.data(),
+          static_cast<int64_t>(tensors_.size()),
+          items_.data(),
+          static_cast<int64_t>(items_.size()),
+          grads.data(),
+          rows,
+          nullptr,
+          0,
+          nullptr,
+          sets_.empty() ? nullptr : sets_.data(),
+          record_addresses_.empty() ? nullptr : record_addresses_.data()};
 }
 
 void Plan::step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
@@ -136,12 +155,16 @@ void CpuPlan::launch(const Bucket& bucket) {
 }
 
 void CpuPlan::launch_by_rows(const Bucket& bucket) {
+  const auto step_items = [&] {
+    for_shares(cost_before_, [&](int64_t first, int64_t last) { step_cpu(bucket, first, last); });
+  };
   if (bucket.sets != nullptr) {
+    if (bucket.records != nullptr) step_items();
     projected_.step(bucket, [](const std::vector<int64_t>& cost_before,
                                const ProjectedStep::Body& body) { for_shares(cost_before, body); });
     return;
   }
-  for_shares(cost_before_, [&](int64_t first, int64_t last) { step_cpu(bucket, first, last); });
+  step_items();
 }
 
 at::Tensor CpuPlan::launch_squared_norm(const Bucket& bucket) {
@@ -163,7 +186,12 @@ void CudaPlan::launch(const Bucket& bucket) {
     if (stream != *allocation_stream_) rows_.record_stream(stream);
     rows = rows_.mutable_data_ptr();
   }
-  check(api_.step(bucket, tables_of(bucket), rows, device().index(), stream.native_handle()),
+  const DeviceTables tables = tables_of(bucket);
+  const int index = device().index();
+  void* const on = stream.native_handle();
+  const auto step = bucket.records == nullptr ? api_.step : api_.watched_step;
+  check(set_memory_.defined() ? api_.step_and_project(bucket, tables, set_tables_, index, on)
+                              : step(bucket, tables, rows, index, on),
         "the step's launch");
 }
 
@@ -188,7 +216,11 @@ c10::Stream CudaPlan::prepared_stream(const Bucket& bucket) {
   const c10::Stream stream = c10::impl::VirtualGuardImpl(device().type()).getStream(device());
   if (!uploaded_) upload(bucket, stream);
   // Freed memory is handed out again on the stream it was allocated on.
-  if (stream != *allocation_stream_) table_.record_stream(stream);
+  if (stream != *allocation_stream_) {
+    table_.record_stream(stream);
+    for (const at::Tensor& records : this->records()) records.record_stream(stream);
+    if (set_memory_.defined()) set_memory_.record_stream(stream);
+  }
   return stream;
 }
 
@@ -203,7 +235,9 @@ at::Tensor CudaPlan::bytes_on_device(int64_t bytes) const {
 DeviceTables CudaPlan::tables_of(const Bucket& bucket) const {
   const auto* tensors = static_cast<const TensorEntry*>(table_.const_data_ptr());
   const auto* items = reinterpret_cast<const WorkItem*>(tensors + bucket.tensor_count);
-  return {tensors, items, reinterpret_cast<const int64_t*>(items + bucket.item_count)};
+  const auto* first_items = reinterpret_cast<const int64_t*>(items + bucket.item_count);
+  const auto* records = reinterpret_cast<ItemRecord* const*>(first_items + bucket.tensor_count);
+  return {tensors, items, first_items, bucket.records == nullptr ? nullptr : records};
 }
 
 void CudaPlan::upload(const Bucket& bucket, c10::Stream stream) {
@@ -212,7 +246,9 @@ void CudaPlan::upload(const Bucket& bucket, c10::Stream stream) {
   const size_t tensor_bytes = bucket.tensor_count * sizeof(TensorEntry);
   const size_t item_bytes = bucket.item_count * sizeof(WorkItem);
   const size_t first_bytes = bucket.tensor_count * sizeof(int64_t);
-  table_ = bytes_on_device(static_cast<int64_t>(tensor_bytes + item_bytes + first_bytes));
+  const size_t record_bytes = bucket.records == nullptr ? 0 : bucket.tensor_count * sizeof(void*);
+  table_ =
+      bytes_on_device(static_cast<int64_t>(tensor_bytes + item_bytes + first_bytes + record_bytes));
   rows_ = bytes_on_device(api_.rows_bytes(bucket));
   allocation_stream_ = stream;
   auto* target = static_cast<char*>(table_.mutable_data_ptr());
@@ -225,7 +261,21 @@ void CudaPlan::upload(const Bucket& bucket, c10::Stream stream) {
   append(bucket.tensors, tensor_bytes);
   append(bucket.items, item_bytes);
   append(first_items.data(), first_bytes);
+  append(bucket.records, record_bytes);
+  set_memory_.reset();
+  if (bucket.sets != nullptr) upload_sets(bucket, stream);
   uploaded_ = true;
+}
+
+void CudaPlan::upload_sets(const Bucket& bucket, c10::Stream stream) {
+  const SetWork work(bucket);
+  at::Tensor memory = bytes_on_device(work.bytes());
+  auto* const base = static_cast<char*>(memory.mutable_data_ptr());
+  const std::vector<char> image = work.image_for(base);
+  check(api_.upload(base, image.data(), image.size(), device().index(), stream.native_handle()),
+        "copying the table of sets");
+  set_tables_ = work.tables_at(base);
+  set_memory_ = memory;
 }
 
 }  // namespace adamal

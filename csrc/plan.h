@@ -11,6 +11,7 @@
 
 #include "cuda_api.h"
 #include "projection_cpu.h"
+#include "set_tables.h"
 #include "step.h"
 
 namespace adamal {
@@ -27,8 +28,10 @@ class Plan {
 
   // Binds the tensors of the next steps. What is compared with the last binding is what kernels
   // read, addresses and sizes: a table that compares equal is right whoever owns the tensors now.
-  // `sets` has an entry for every tensor, or none.
-  void bind(const std::vector<TensorEntry>& tensors, const std::vector<CoupledRows>& sets = {});
+  // `sets` has an entry for every tensor, or none. `records` are those of each tensor's items,
+  // which are kept; empty: steps are not watched.
+  void bind(const std::vector<TensorEntry>& tensors, const std::vector<CoupledRows>& sets = {},
+            const std::vector<at::Tensor>& records = {});
 
   // Steps the bound tensors: tensor i by scalars[rows[i]], or not at all where grads[i] is null.
   void step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
@@ -44,6 +47,7 @@ class Plan {
   // may copy nothing.
   virtual void prepare() {}
 
+  int64_t chunk() const { return chunk_; }
   DtypePair dtypes() const { return kDtypePairs[pair_]; }
   SecondMoment second_moment() const { return second_moment_; }
   c10::Device device() const { return device_; }
@@ -52,6 +56,7 @@ class Plan {
  protected:
   const std::vector<CoupledRows>& sets() const { return sets_; }
   const std::vector<WorkItem>& items() const { return items_; }
+  const std::vector<at::Tensor>& records() const { return records_; }
   Bucket bucket_of(const std::vector<const void*>& grads, const uint32_t* rows) const;
 
  private:
@@ -68,6 +73,8 @@ class Plan {
   std::vector<TensorEntry> tensors_;
   std::vector<CoupledRows> sets_;
   std::vector<WorkItem> items_;
+  std::vector<at::Tensor> records_;
+  std::vector<ItemRecord*> record_addresses_;
 };
 
 // Steps over torch's CPU threads.
@@ -94,6 +101,7 @@ class CudaPlan : public Plan {
       : Plan(pair, second_moment, device, cuda_chunk(pair)), api_(api) {}
 
  private:
+  bool can_project() const override { return true; }
   void on_bound() override { uploaded_ = false; }
   void launch(const Bucket& bucket) override;
   at::Tensor launch_squared_norm(const Bucket& bucket) override;
@@ -101,14 +109,18 @@ class CudaPlan : public Plan {
   // Copies the tables where they changed; returns the stream to launch on.
   c10::Stream prepared_stream(const Bucket& bucket);
   void upload(const Bucket& bucket, c10::Stream stream);
+  void upload_sets(const Bucket& bucket, c10::Stream stream);
   at::Tensor bytes_on_device(int64_t bytes) const;
   DeviceTables tables_of(const Bucket& bucket) const;
   void check(const char* error, const char* what) const;
 
   CudaApi api_;
   bool uploaded_ = false;
-  at::Tensor table_;  // bytes: the tensor entries, the work items, each tensor's first item
-  at::Tensor rows_;   // bytes: the scalars that the device derived
+  // Bytes: the tensor entries, the work items, each tensor's first item and its records.
+  at::Tensor table_;
+  at::Tensor rows_;        // bytes: the scalars that the device derived
+  at::Tensor set_memory_;  // bytes: that of set_tables.h; undefined where no set couples elements
+  SetTables set_tables_{};
   std::optional<c10::Stream> allocation_stream_;
 };
 

@@ -68,7 +68,7 @@ OptionEntry entry_of(const DeviceOptions& options) {
 
 // A tensor's set and rows, which the kernels read as words of 8 bytes. The twin of
 // adamal_kernels.backends.triton_plan.SetEntry and what follows it.
-struct SetEntry {
+struct SetWords {
   struct Runs {
     int64_t sizes[CoupledRows::kMostRuns];
     int64_t strides[CoupledRows::kMostRuns];
@@ -79,10 +79,10 @@ struct SetEntry {
   int64_t rows, length, kept_count, reduced_count;
   Runs kept, reduced;
 };
-static_assert(sizeof(SetEntry) == (7 + 4 * CoupledRows::kMostRuns) * 8);
+static_assert(sizeof(SetWords) == (7 + 4 * CoupledRows::kMostRuns) * 8);
 
-SetEntry::Runs runs_of(int count, const int64_t* sizes, const int64_t* strides) {
-  SetEntry::Runs runs;
+SetWords::Runs runs_of(int count, const int64_t* sizes, const int64_t* strides) {
+  SetWords::Runs runs;
   for (int i = 0; i < CoupledRows::kMostRuns; ++i) {
     runs.sizes[i] = i < count ? sizes[i] : 1;
     runs.strides[i] = i < count ? strides[i] : 0;
@@ -90,7 +90,7 @@ SetEntry::Runs runs_of(int count, const int64_t* sizes, const int64_t* strides) 
   return runs;
 }
 
-SetEntry entry_of(const CoupledRows& rows) {
+SetWords entry_of(const CoupledRows& rows) {
   return {static_cast<int64_t>(rows.set.kind),
           rows.set.size,
           rows.set.tolerance,
@@ -186,13 +186,13 @@ void TritonPlan::hand_over(const Bucket& bucket) {
   static_assert(sizeof(WorkItem) == 2 * sizeof(int32_t));
   std::partition_copy(bucket.items, end, static_cast<WorkItem*>(aligned.mutable_data_ptr()),
                       static_cast<WorkItem*>(others.mutable_data_ptr()), is_aligned);
-  constexpr int64_t kSetWords = sizeof(SetEntry) / sizeof(int64_t);
+  constexpr int64_t kWords = sizeof(SetWords) / sizeof(int64_t);
   at::Tensor set_table =
-      empty_host({static_cast<int64_t>(sets().size()), kSetWords}, at::kLong, device());
-  auto* const set_entries = static_cast<SetEntry*>(set_table.mutable_data_ptr());
+      empty_host({static_cast<int64_t>(sets().size()), kWords}, at::kLong, device());
+  auto* const set_entries = static_cast<SetWords*>(set_table.mutable_data_ptr());
   std::transform(sets().begin(), sets().end(), set_entries,
                  [](const CoupledRows& rows) { return entry_of(rows); });
-  launcher_.attr("bind")(entries, aligned, others, set_table);
+  launcher_.attr("bind")(entries, aligned, others, set_table, records());
 }
 
 at::Tensor TritonPlan::pack(const Bucket& bucket) const {

@@ -415,7 +415,9 @@ class ProjectedStep::Run {
 
  private:
   void step_item(const Item& item, Scratch& scratch) {
-    step_elements_cpu(bucket_, item.tensor, item.first, item.count);
+    if (bucket_.records == nullptr) {
+      step_elements_cpu(bucket_, item.tensor, item.first, item.count);
+    }
     if (item.rows == Item::scattered) return;
     const Tensor tensor(bucket_, item.tensor);
     if (!tensor.is_projected) return;

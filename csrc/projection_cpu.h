@@ -27,7 +27,8 @@ class ProjectedStep {
   void bind(const std::vector<TensorEntry>& tensors, const std::vector<CoupledRows>& sets,
             Dtype param);
 
-  // Of a bucket of the bound tensors and sets.
+  // Of a bucket of the bound tensors and sets. One that is watched has been stepped: its records
+  // are of other items.
   void step(const Bucket& bucket, const ForShares& for_shares);
 
  private:

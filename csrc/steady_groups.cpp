@@ -9,10 +9,17 @@
 #include <unordered_map>
 #include <utility>
 
+#include "tensor_checks.h"
+
 namespace py = pybind11;
 
 namespace adamal {
 namespace {
+
+// A thread's least share of the groups.
+constexpr size_t kLeastGroups = 512;
+// Of a group's keys: a header, a table of indices and the entries.
+constexpr size_t kKeysBytes = 320;
 
 bool is_tensor(PyObject* object) { return THPVariable_Check(object); }
 
@@ -85,8 +92,9 @@ SteadyGroups::SteadyGroups(const py::list& groups, const std::vector<bool>& has_
     Group& group = groups_.emplace_back();
     group.dict = dict;
     for (const auto& [key, value] : dict) {
-      group.items.push_back({classify(key), py::reinterpret_borrow<py::object>(key),
-                             py::reinterpret_borrow<py::object>(value), holds_tensor(value.ptr())});
+      group.items.push_back({py::reinterpret_borrow<py::object>(key),
+                             py::reinterpret_borrow<py::object>(value), classify(key),
+                             holds_tensor(value.ptr())});
     }
     group.first_param = params_.size();
     group.param_count = params.size();
@@ -100,6 +108,9 @@ SteadyGroups::SteadyGroups(const py::list& groups, const std::vector<bool>& has_
     }
   }
   TORCH_CHECK(next_options == options_.size(), "options must be sorted by group");
+  repeats_.resize(options_.size());
+  unchanged_.resize(groups_.size());
+  find_repeats();
 }
 
 SteadyGroups::Kind SteadyGroups::classify(const py::handle& key) {
@@ -148,12 +159,61 @@ bool SteadyGroups::check(PyObject* groups) {
       PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) {
     return false;
   }
+  shares_.walk(groups_.size(), kLeastGroups, [&](size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i) {
+      prefetch(i, last);
+      unchanged_[i] = is_unchanged(groups_[i]);
+    }
+  });
+  bool has_changed = false;
   for (size_t i = 0; i < groups_.size(); ++i) {
-    if (PyList_GET_ITEM(groups, i) != groups_[i].dict.ptr() || !check_items(groups_[i])) {
+    if (PyList_GET_ITEM(groups, i) != groups_[i].dict.ptr()) return false;
+    if (unchanged_[i]) continue;
+    if (!check_items(groups_[i])) return false;
+    has_changed = true;
+  }
+  if (has_changed) find_repeats();
+  return true;
+}
+
+void SteadyGroups::find_repeats() {
+  for (size_t i = 1; i < options_.size(); ++i) {
+    repeats_[i] = same_options(options_[i - 1].step, options_[i].step);
+  }
+}
+
+// In two stages, the second of which reads what the first fetched.
+void SteadyGroups::prefetch(size_t index, size_t end) const {
+  constexpr size_t kFarAhead = 4, kAhead = 2;
+  if (index + kFarAhead < end) {
+    const Group& group = groups_[index + kFarAhead];
+    prefetch_bytes(group.dict.ptr(), sizeof(PyDictObject));
+    for (const Item& item : group.items) {
+      if (item.kind == Kind::params) prefetch_bytes(item.value.ptr(), sizeof(PyListObject));
+    }
+  }
+  if (index + kAhead < end) {
+    PyObject* const dict = groups_[index + kAhead].dict.ptr();
+    prefetch_bytes(reinterpret_cast<PyDictObject*>(dict)->ma_keys, kKeysBytes);
+  }
+}
+
+bool SteadyGroups::is_unchanged(const Group& group) const {
+  PyObject* const dict = group.dict.ptr();
+  if (PyDict_GET_SIZE(dict) != static_cast<Py_ssize_t>(group.items.size())) return false;
+  PyObject *key, *value, *params = nullptr;
+  Py_ssize_t position = 0;
+  for (size_t i = 0; PyDict_Next(dict, &position, &key, &value); ++i) {
+    const Item& item = group.items[i];
+    if (key != item.key.ptr()) return false;
+    if (item.kind == Kind::params) {
+      params = value;
+    } else if (item.kind != Kind::ignored && (value != item.value.ptr() || item.is_read_anew)) {
       return false;
     }
   }
-  return true;
+  // Last: where something else has changed, they are not walked twice.
+  return params != nullptr && check_params(group, params);
 }
 
 bool SteadyGroups::check_items(Group& group) {
@@ -184,7 +244,10 @@ bool SteadyGroups::check_params(const Group& group, PyObject* params) const {
     const Param& param = params_[group.first_param + i];
     if (PyList_GET_ITEM(params, i) != param.object.ptr()) return false;
     // Without state, it has never had a gradient: if it has one now, it is due its first step.
-    if (!param.has_state && THPVariable_Unpack(param.object.ptr()).grad().defined()) return false;
+    if (!param.has_state &&
+        gradient_of(*THPVariable_Unpack(param.object.ptr()).unsafeGetTensorImpl()) != nullptr) {
+      return false;
+    }
   }
   return true;
 }

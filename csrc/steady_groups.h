@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "device_scalars.h"
+#include "thread_shares.h"
 
 namespace adamal {
 
@@ -36,6 +37,8 @@ class SteadyGroups {
   bool check(PyObject* groups);
 
   const std::vector<BoundOptions>& options() const { return options_; }
+  // Whether options give the same scalars as those before them.
+  bool repeats(size_t options) const { return repeats_[options]; }
 
   // For Python's garbage collector. Cleared, it finds nothing as it was.
   int traverse(visitproc visit, void* arg) const;
@@ -43,11 +46,11 @@ class SteadyGroups {
 
  private:
   // What a change of a group's item means to the next step.
-  enum class Kind { lr, betas, eps, weight_decay, params, fixed, ignored };
+  enum class Kind : uint8_t { lr, betas, eps, weight_decay, params, fixed, ignored };
   struct Item {
-    Kind kind;
     pybind11::object key;
     pybind11::object value;  // immutable, not compared, or read anew
+    Kind kind;
     bool is_read_anew;
   };
   struct Group {
@@ -64,14 +67,21 @@ class SteadyGroups {
   };
 
   static Kind classify(const pybind11::handle& key);
+  // Whether nothing of a group has changed; takes nothing over, so that threads may ask.
+  bool is_unchanged(const Group& group) const;
+  void prefetch(size_t index, size_t end) const;
   bool check_items(Group& group);
   bool check_params(const Group& group, PyObject* params) const;
+  void find_repeats();
   bool take_over(const Group& group, Kind kind, PyObject* value);
   bool take_over(BoundOptions& options, Kind kind, PyObject* value);
 
   std::vector<Group> groups_;
   std::vector<Param> params_;
   std::vector<BoundOptions> options_;
+  std::vector<bool> repeats_;       // by options
+  std::vector<uint8_t> unchanged_;  // by group, in this step
+  ThreadShares shares_;             // of the groups
 };
 
 }  // namespace adamal

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -40,6 +39,14 @@ const StateKeys& state_keys() {
   static const StateKeys keys;
   return keys;
 }
+
+// A thread's least share of the members: about 0.1 ms.
+constexpr size_t kLeastMembers = 512;
+
+// What is read of a storage, its address and size, lies in its first bytes.
+constexpr size_t kStorageBytes = 64;
+// Of a small dict's keys: a header, a table of indices and three entries.
+constexpr size_t kKeysBytes = 96;
 
 // Larger counts, and those that are no numbers, are refused by the check in Python.
 constexpr float kMostSteps = 1e12f;
@@ -133,8 +140,10 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
     step.on_device = on_device.at(i);
     step.host_counts = step.steps.is_cpu();
     step.sets = std::move(sets.at(i));
-    step.state_tensors = 3 + (step.plan->second_moment() == SecondMoment::amsgrad) +
-                         static_cast<int>(!step.sets.empty());
+    step.has_sets = !step.sets.empty();
+    const bool amsgrad = step.plan->second_moment() == SecondMoment::amsgrad;
+    step.more_keys = amsgrad << StateKeys::max_exp_avg_sq | step.has_sets << StateKeys::multiplier;
+    step.state_tensors = 3 + amsgrad + step.has_sets;
   }
 
   std::unordered_map<PyObject*, int64_t> member_of;
@@ -152,7 +161,7 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
                           static_cast<uint32_t>(step.grads.size()),
                           static_cast<uint32_t>(found->options), tensor.is_complex(), is_sharded,
                           tensor.key_set()});
-      if (!step.sets.empty()) {
+      if (step.has_sets) {
         TORCH_CHECK(!is_sharded, "a set whose elements are spread over processes is not bound");
         step.layouts.push_back(layout_of(*tensor.unsafeGetTensorImpl()));
       }
@@ -165,7 +174,7 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
     TORCH_CHECK(step.steps.device() == device && step.steps.is_contiguous() &&
                     step.steps.numel() == static_cast<int64_t>(step.grads.size()),
                 "steps must be one float32 for each parameter of a plan, on ", device);
-    TORCH_CHECK(step.sets.empty() || step.sets.size() == step.grads.size(), "a plan of ",
+    TORCH_CHECK(!step.has_sets || step.sets.size() == step.grads.size(), "a plan of ",
                 step.grads.size(), " parameters has ", step.sets.size(), " sets");
   }
   last_rows_.resize(groups_.options().size());
@@ -184,7 +193,8 @@ void SteadyState::clear() {
   groups_.clear();
 }
 
-bool SteadyState::bind(const py::handle& state) {
+bool SteadyState::bind(const py::handle& state,
+                       const std::vector<std::vector<at::Tensor>>& records) {
   for (const Member& member : members_) {
     const bool is_inference = THPVariable_Unpack(member.param).is_inference();
     if (member.key_set.has(c10::DispatchKey::Python) || is_inference) return false;
@@ -207,7 +217,9 @@ bool SteadyState::bind(const py::handle& state) {
     ++bound;
   }
   if (bound != members_.size()) return false;
-  for (size_t i = 0; i < plans_.size(); ++i) plans_[i].plan->bind(entries[i], plans_[i].sets);
+  for (size_t i = 0; i < plans_.size(); ++i) {
+    plans_[i].plan->bind(entries[i], plans_[i].sets, records.at(i));
+  }
   for (PlanStep& step : plans_) step.plan->prepare();
   return true;
 }
@@ -251,7 +263,7 @@ bool SteadyState::step(const py::handle& groups, const py::handle& state, Inputs
     }
   }
   if (!host_steps && !any_on_device && skipped_steps != nullptr) ++*skipped_steps;
-  for_members([&](size_t first, size_t last) {
+  shares_.walk(members_.size(), kLeastMembers, [&](size_t first, size_t last) {
     for (size_t i = first; i < last; ++i) {
       const Member& member = members_[i];
       PlanStep& step = plans_[member.plan];
@@ -303,29 +315,6 @@ void SteadyState::step_on_device(const PlanStep& step, const Inputs& inputs,
                                 step.counts, on_device, skipped_steps});
 }
 
-// The threads read Python's objects, too, while this one holds the GIL for all of them and waits.
-// Where the machine is busy, that is for milliseconds: then this one walks alone for a while.
-template <typename Body>
-void SteadyState::for_members(const Body& body) {
-  using Clock = std::chrono::steady_clock;
-  constexpr int64_t kLeastMembers = 512;  // a thread's share: about 0.1 ms
-  constexpr int kWalksAlone = 64;
-  // More than one thread takes for a member, on the slowest machine seen.
-  constexpr std::chrono::nanoseconds kLate(1000);
-  const auto count = static_cast<int64_t>(members_.size());
-  if (walks_alone_ > 0) {
-    --walks_alone_;
-    body(0, members_.size());
-    return;
-  }
-  const Clock::time_point start = Clock::now();
-  at::parallel_for(0, count, kLeastMembers,
-                   [&](int64_t first, int64_t last) { body(first, last); });
-  if (count >= 2 * kLeastMembers && Clock::now() - start > count * kLate) {
-    walks_alone_ = kWalksAlone;
-  }
-}
-
 bool SteadyState::check_state(PyObject* state) {
   if (!PyDict_Check(state) || PyDict_GET_SIZE(state) != static_cast<Py_ssize_t>(state_.size())) {
     return false;
@@ -337,9 +326,9 @@ bool SteadyState::check_state(PyObject* state) {
     if (state_[i].member >= 0) footprints_[state_[i].member].values = values;
   }
   std::atomic<bool> unchanged = true;
-  for_members([&](size_t first, size_t last) {
+  shares_.walk(members_.size(), kLeastMembers, [&](size_t first, size_t last) {
     for (size_t i = first; i < last; ++i) {
-      prefetch(i, last);
+      prefetch(i, first, last);
       if (!specs_.empty()) prefetch_sharded(i, last);
       const Member& member = members_[i];
       PlanStep& step = plans_[member.plan];
@@ -355,34 +344,45 @@ bool SteadyState::check_state(PyObject* state) {
 }
 
 // In three stages, each of which reads what the one before fetched: what does not move, the
-// gradient, and the gradient's storage.
-void SteadyState::prefetch(size_t index, size_t end) const {
-  constexpr size_t kFarAhead = 12, kAhead = 6, kNext = 3;
-  if (index + kFarAhead < end) {
-    const Footprint& footprint = footprints_[index + kFarAhead];
-    prefetch_bytes(footprint.values, sizeof(PyDictObject));
-    __builtin_prefetch(footprint.version_counter, 1);
-    __builtin_prefetch(footprint.grad);
-    for (int i = 0; i < Footprint::kTensors; ++i) {
-      if (footprint.tensors[i] == nullptr) continue;
-      __builtin_prefetch(footprint.objects[i]);
-      prefetch_bytes(footprint.tensors[i], sizeof(c10::TensorImpl));
-      __builtin_prefetch(footprint.storages[i]);
-    }
+// gradient and the state's keys, and the gradient's storage. A member is some forty cache lines,
+// more than a core fetches at a time: a few members ahead are enough.
+void SteadyState::prefetch(size_t index, size_t first, size_t end) const {
+  constexpr size_t kFarAhead = 3, kAhead = 2, kNext = 1;
+  // The first of a part come in one go.
+  const size_t fetched = index == first ? first : std::min(index + kFarAhead, end);
+  for (size_t i = fetched; i < std::min(index + kFarAhead + 1, end); ++i) prefetch_fixed(i);
+  if (index + kAhead < end) prefetch_gradient(index + kAhead);
+  if (index + kNext < end) prefetch_gradient_storage(index + kNext);
+}
+
+void SteadyState::prefetch_fixed(size_t index) const {
+  const Footprint& footprint = footprints_[index];
+  prefetch_bytes(footprint.values, sizeof(PyDictObject));
+  __builtin_prefetch(footprint.version_counter, 1);
+  __builtin_prefetch(footprint.grad);
+  for (int i = 0; i < Footprint::kTensors; ++i) {
+    if (footprint.tensors[i] == nullptr) continue;
+    prefetch_bytes(footprint.objects[i], sizeof(THPVariable));
+    prefetch_bytes(footprint.tensors[i], sizeof(c10::TensorImpl));
+    if (footprint.storages[i] != nullptr) prefetch_bytes(footprint.storages[i], kStorageBytes);
   }
-  if (index + kAhead < end) {
-    const c10::TensorImpl& param =
-        *THPVariable_Unpack(members_[index + kAhead].param).unsafeGetTensorImpl();
-    if (const at::Tensor* grad = gradient_of(param)) {
-      prefetch_bytes(grad->unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
-    }
+}
+
+void SteadyState::prefetch_gradient(size_t index) const {
+  if (PyObject* const values = footprints_[index].values; PyDict_CheckExact(values)) {
+    prefetch_bytes(reinterpret_cast<PyDictObject*>(values)->ma_keys, kKeysBytes);
   }
-  if (index + kNext < end) {
-    const c10::TensorImpl& param =
-        *THPVariable_Unpack(members_[index + kNext].param).unsafeGetTensorImpl();
-    if (const at::Tensor* grad = gradient_of(param)) {
-      __builtin_prefetch(grad->unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
-    }
+  const c10::TensorImpl& param = *THPVariable_Unpack(members_[index].param).unsafeGetTensorImpl();
+  if (const at::Tensor* grad = gradient_of(param)) {
+    prefetch_bytes(grad->unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+  }
+}
+
+void SteadyState::prefetch_gradient_storage(size_t index) const {
+  const c10::TensorImpl& param = *THPVariable_Unpack(members_[index].param).unsafeGetTensorImpl();
+  if (const at::Tensor* grad = gradient_of(param)) {
+    prefetch_bytes(grad->unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl(),
+                   kStorageBytes);
   }
 }
 
@@ -408,7 +408,7 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
   }
   const ParamLayout layout(param);
   if (!layout.has_memory(param, param_type.bytes)) return false;
-  if (!step.sets.empty() && !has_layout(param, step.layouts[member.slot])) return false;
+  if (step.has_sets && !has_layout(param, step.layouts[member.slot])) return false;
   *entry = {layout.mutable_address(param, param_type.bytes),
             nullptr,
             nullptr,
@@ -424,17 +424,13 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
 
   if (!PyDict_CheckExact(values)) return false;
   const StateKeys& keys = state_keys();
-  const bool amsgrad = step.plan->second_moment() == SecondMoment::amsgrad;
   const int expected = step.state_tensors;
   int found = 0;
   PyObject *key, *value;
   Py_ssize_t position = 0;
   while (found < expected && PyDict_Next(values, &position, &key, &value)) {
     const StateKeys::Key name = keys.find(key);
-    if (name == StateKeys::other || (name == StateKeys::max_exp_avg_sq && !amsgrad) ||
-        (name == StateKeys::multiplier && step.sets.empty())) {
-      continue;
-    }
+    if (name > StateKeys::exp_avg_sq && (step.more_keys >> name & 1) == 0) continue;
     if (member.is_sharded && name != StateKeys::step) {
       value = part_of(index, value, static_cast<Specs::Which>(name));
       if (value == nullptr) return false;
@@ -530,15 +526,14 @@ uint32_t SteadyState::row_of(size_t options, int64_t step, double grad_factor) {
   if (last.step == step) return last.row;
   last.step = step;
   // Thousands of groups that differ in nothing share a row.
-  const std::vector<BoundOptions>& all = groups_.options();
-  if (options > 0 && last_rows_[options - 1].step == step &&
-      same_options(all[options - 1].step, all[options].step)) {
+  if (groups_.repeats(options) && last_rows_[options - 1].step == step) {
     return last.row = last_rows_[options - 1].row;
   }
   const uint64_t key = static_cast<uint64_t>(options) << 40 | static_cast<uint64_t>(step);
   const auto [found, is_new] = rows_.try_emplace(key, static_cast<uint32_t>(scalars_.size()));
   if (is_new) {
-    scalars_.push_back(derive_step_scalars(step, all[options].step.options, grad_factor));
+    scalars_.push_back(
+        derive_step_scalars(step, groups_.options()[options].step.options, grad_factor));
   }
   return last.row = found->second;
 }

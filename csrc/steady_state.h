@@ -15,6 +15,7 @@
 #include "sharded_class.h"
 #include "steady_groups.h"
 #include "tensor_checks.h"
+#include "thread_shares.h"
 
 namespace adamal {
 
@@ -43,8 +44,9 @@ class SteadyState {
               std::shared_ptr<ShardedClass> sharded, std::vector<std::vector<CoupledRows>> sets);
 
   // Hands the plans the tensors' addresses; false if some tensor is no ordinary one: then this
-  // cannot be used. To be called once, before the first step.
-  bool bind(const pybind11::handle& state);
+  // cannot be used. To be called once, before the first step. `records` are, for each plan, those
+  // of its parameters' items; empty where steps are not watched.
+  bool bind(const pybind11::handle& state, const std::vector<std::vector<at::Tensor>>& records);
 
   // What the caller knows of the gradients; the twin of hyperparameters.StepInputs.
   struct Inputs {
@@ -123,6 +125,8 @@ class SteadyState {
     // By slot, if the sets couple elements: the sets, and the sizes and strides they are for.
     std::vector<CoupledRows> sets;
     std::vector<std::vector<int64_t>> layouts;
+    bool has_sets;
+    int more_keys;      // of a parameter's state than every one has, as bits
     int state_tensors;  // of a parameter
     bool on_device;
     bool host_counts;  // else they are not read: that would be to wait for the device
@@ -134,9 +138,6 @@ class SteadyState {
   };
 
   bool check_state(PyObject* state);
-  // Calls body(first, last) for shares of the members, on torch's CPU threads.
-  template <typename Body>
-  void for_members(const Body& body);
   // Reads a member's tensors; false where one is not as it was checked.
   bool read_member(size_t index, PyObject* values, TensorEntry* entry, const void** grad);
   // Reads the multipliers of one with a set; false where they are not as they were checked.
@@ -144,7 +145,10 @@ class SteadyState {
                         TensorEntry* entry) const;
   bool read_gradient(size_t index, const ParamLayout& layout, const c10::TensorImpl& gradient,
                      const void** grad) const;
-  void prefetch(size_t index, size_t end) const;
+  void prefetch(size_t index, size_t first, size_t end) const;
+  void prefetch_fixed(size_t index) const;
+  void prefetch_gradient(size_t index) const;
+  void prefetch_gradient_storage(size_t index) const;
   // Whether the counts of skipped steps, and what may scale or skip, lie where they can be used.
   bool can_use(const Inputs& inputs) const;
   // False where the host finds the step to be skipped.
@@ -174,7 +178,7 @@ class SteadyState {
   std::vector<StateEntry> state_;
   std::vector<PlanStep> plans_;
 
-  int walks_alone_ = 0;                       // that are still to be one thread's
+  ThreadShares shares_;                       // of the members
   std::vector<StepScalars<double>> scalars_;  // of this step
   std::vector<LastRow> last_rows_;            // by options
   std::unordered_map<uint64_t, uint32_t> rows_;

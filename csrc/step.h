@@ -50,6 +50,7 @@ struct DeviceTables {
   const TensorEntry* tensors;
   const WorkItem* items;
   const int64_t* first_items;  // of each tensor
+  ItemRecord* const* records;  // of each tensor; null: the step is not watched
 };
 
 // Enqueues the step of a whole bucket on `stream` (a cudaStream_t) of `device`. `bucket` is the
@@ -59,6 +60,15 @@ struct DeviceTables {
 const char* step_cuda(const Bucket& bucket, const DeviceTables& tables, void* rows, int device,
                       void* stream);
 int64_t device_rows_bytes(const Bucket& bucket);
+
+// The same, and keeps what the step came to in the records.
+const char* watched_step_cuda(const Bucket& bucket, const DeviceTables& tables, void* rows,
+                              int device, void* stream);
+// Steps, watching or not, and projects a bucket whose sets couple elements. `sets` are its tables
+// of set_tables.h on the device, with room for its scalars.
+struct SetTables;
+const char* step_and_project_cuda(const Bucket& bucket, const DeviceTables& tables,
+                                  const SetTables& sets, int device, void* stream);
 
 // Enqueues the sum of squares of all gradients into `total`. `scratch` is device memory for a
 // double a work item and a double a tensor. Returns as step_cuda does.

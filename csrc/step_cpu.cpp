@@ -1,9 +1,11 @@
 // The CPU step: the plain loop over the element function, vectorised by the compiler.
 #include <algorithm>
+#include <type_traits>
 
 #include "multiversioned.h"
 #include "step.h"
 #include "storage.h"
+#include "watch_cpu.h"
 
 namespace adamal {
 namespace {
@@ -20,14 +22,16 @@ inline void prefetch_block(const Storage* first) {
   for (int64_t i = 0; i < kBlock; i += kLine) __builtin_prefetch(first + i);
 }
 
-template <SecondMoment kSecondMoment, typename Param, typename Grad, typename T>
+template <SecondMoment kSecondMoment, typename Watch, typename Param, typename Grad, typename T>
 ADAMAL_MULTIVERSIONED void step_span(Param* __restrict param, const Grad* __restrict grad,
                                      T* __restrict exp_avg, T* __restrict exp_avg_sq,
                                      T* __restrict max_exp_avg_sq, int64_t count,
-                                     const StepScalars<T>& shared_scalars) {
+                                     const StepScalars<T>& shared_scalars,
+                                     const BudgetChange<T>& change, Seen<T>* seen) {
   constexpr bool kHasMax = kSecondMoment == SecondMoment::amsgrad;
   // A copy: through the reference, the stores below might change it.
   const StepScalars<T> scalars = shared_scalars;
+  Watch watch(change, seen);
   for (int64_t first = 0; first < count; first += kBlock) {
     if (const int64_t later = first + kAhead; later + kBlock <= count) {
       prefetch_block(param + later);
@@ -37,19 +41,23 @@ ADAMAL_MULTIVERSIONED void step_span(Param* __restrict param, const Grad* __rest
       if constexpr (kHasMax) prefetch_block(max_exp_avg_sq + later);
     }
     const int64_t last = std::min(first + kBlock, count);
+    watch.begin_block(last - first);
     for (int64_t i = first; i < last; ++i) {
       Element<T> e{decode(param[i]), exp_avg[i], exp_avg_sq[i], T(0)};
       if constexpr (kHasMax) e.max_exp_avg_sq = max_exp_avg_sq[i];
+      const T before = kHasMax ? e.max_exp_avg_sq : e.exp_avg_sq;
       e = step_element<kSecondMoment>(e, static_cast<T>(decode(grad[i])), scalars);
       param[i] = encode<Param>(e.param);
       exp_avg[i] = e.exp_avg;
       exp_avg_sq[i] = e.exp_avg_sq;
       if constexpr (kHasMax) max_exp_avg_sq[i] = e.max_exp_avg_sq;
+      watch.see(i - first, before, e.max_exp_avg_sq);
     }
+    watch.end_block((kHasMax ? max_exp_avg_sq : exp_avg_sq) + first, last - first, last == count);
   }
 }
 
-// The streams of some elements of a tensor; grad is null where it has none.
+// The streams of one work item; grad is null where the tensor has none.
 template <typename Param, typename Grad, typename T>
 struct Span {
   Param* param;
@@ -59,14 +67,11 @@ struct Span {
   T* max_exp_avg_sq;
   int64_t count;
 
-  Span(const Bucket& bucket, WorkItem item)
-      : Span(bucket, item.tensor, item.chunk * kCpuChunk, kCpuChunk) {}
-
-  // At most `most` elements.
-  Span(const Bucket& bucket, uint32_t index, int64_t offset, int64_t most) : grad(nullptr) {
-    const TensorEntry& tensor = bucket.tensors[index];
+  Span(const Bucket& bucket, WorkItem item) : grad(nullptr) {
+    const TensorEntry& tensor = bucket.tensors[item.tensor];
+    const int64_t offset = item.chunk * kCpuChunk;
     param = static_cast<Param*>(tensor.param) + offset;
-    if (const void* first = bucket.grads[index]) {
+    if (const void* first = bucket.grads[item.tensor]) {
       grad = static_cast<const Grad*>(first) + offset;
     }
     exp_avg = static_cast<T*>(tensor.exp_avg) + offset;
@@ -74,7 +79,17 @@ struct Span {
     max_exp_avg_sq = tensor.max_exp_avg_sq == nullptr
                          ? nullptr
                          : static_cast<T*>(tensor.max_exp_avg_sq) + offset;
-    count = std::min(most, tensor.numel - offset);
+    count = std::min(kCpuChunk, tensor.numel - offset);
+  }
+
+  // Of the tensor's first item: moves on to elements [first, first + elements) of the tensor.
+  void move_to(int64_t first, int64_t elements) {
+    param += first;
+    grad += first;
+    exp_avg += first;
+    exp_avg_sq += first;
+    if (max_exp_avg_sq != nullptr) max_exp_avg_sq += first;
+    count = elements;
   }
 
   void prefetch_start() const {
@@ -86,13 +101,16 @@ struct Span {
   }
 };
 
-template <SecondMoment kSecondMoment, typename Param, typename Grad>
+template <SecondMoment kSecondMoment, bool kWatched, typename Param, typename Grad>
 void step_items(const Bucket& bucket, int64_t first_item, int64_t last_item) {
   using T = ComputeType<Param>;
   // Small tensors lie anywhere: the next ones are fetched while these are stepped.
   constexpr int64_t kItemsAhead = 8;
   StepScalars<T> scalars;
   int64_t scalars_row = -1;
+  using Watch = std::conditional_t<kWatched, Watched<kSecondMoment, kBlock, T>, Unwatched<T>>;
+  Seen<T> seen = Seen<T>::nothing();
+  int64_t seen_tensor = -1;
   for (int64_t i = first_item; i < last_item; ++i) {
     if (i + kItemsAhead < last_item) {
       Span<Param, Grad, T>(bucket, bucket.items[i + kItemsAhead]).prefetch_start();
@@ -104,8 +122,23 @@ void step_items(const Bucket& bucket, int64_t first_item, int64_t last_item) {
       scalars = StepScalars<T>(bucket.scalars[row]);
       scalars_row = row;
     }
-    step_span<kSecondMoment>(span.param, span.grad, span.exp_avg, span.exp_avg_sq,
-                             span.max_exp_avg_sq, span.count, scalars);
+    const auto step_with = [&](const BudgetChange<T>& change) {
+      step_span<kSecondMoment, Watch>(span.param, span.grad, span.exp_avg, span.exp_avg_sq,
+                                      span.max_exp_avg_sq, span.count, scalars, change, &seen);
+    };
+    if constexpr (kWatched) {
+      ItemRecord* const record = bucket.records[item.tensor] + item.chunk;
+      const auto now = Budget<T>::of(scalars);
+      // Of a tensor's items it is the least change that counts: the next ones look for less only.
+      const T least = item.tensor == seen_tensor ? seen.least_change : T(INFINITY);
+      seen = Seen<T>::nothing();
+      seen.least_change = least;
+      seen_tensor = item.tensor;
+      step_with(BudgetChange<T>(Budget<T>::of(*record), now));
+      record_step(seen, scalars, now, record);
+    } else {
+      step_with(BudgetChange<T>({}, {}));
+    }
   }
 }
 
@@ -114,8 +147,14 @@ void step_items(const Bucket& bucket, int64_t first_item, int64_t last_item) {
 void step_cpu(const Bucket& bucket, int64_t first_item, int64_t last_item) {
   dispatch(bucket, [&](auto kernel) {
     using Kernel = decltype(kernel);
-    step_items<Kernel::kSecondMoment, typename Kernel::Param, typename Kernel::Grad>(
-        bucket, first_item, last_item);
+    using Param = typename Kernel::Param;
+    using Grad = typename Kernel::Grad;
+    constexpr SecondMoment kSecondMoment = Kernel::kSecondMoment;
+    if (bucket.records == nullptr) {
+      step_items<kSecondMoment, false, Param, Grad>(bucket, first_item, last_item);
+    } else {
+      step_items<kSecondMoment, true, Param, Grad>(bucket, first_item, last_item);
+    }
   });
 }
 
@@ -124,10 +163,12 @@ void step_elements_cpu(const Bucket& bucket, uint32_t tensor, int64_t first, int
   dispatch(bucket, [&](auto kernel) {
     using Kernel = decltype(kernel);
     using T = ComputeType<typename Kernel::Param>;
-    const Span<typename Kernel::Param, typename Kernel::Grad, T> span(bucket, tensor, first, count);
-    step_span<Kernel::kSecondMoment>(span.param, span.grad, span.exp_avg, span.exp_avg_sq,
-                                     span.max_exp_avg_sq, span.count,
-                                     StepScalars<T>(bucket.scalars[bucket.rows[tensor]]));
+    Span<typename Kernel::Param, typename Kernel::Grad, T> span(bucket, WorkItem{tensor, 0});
+    span.move_to(first, count);
+    step_span<Kernel::kSecondMoment, Unwatched<T>>(
+        span.param, span.grad, span.exp_avg, span.exp_avg_sq, span.max_exp_avg_sq, span.count,
+        StepScalars<T>(bucket.scalars[bucket.rows[tensor]]), BudgetChange<T>({}, {}),
+        static_cast<Seen<T>*>(nullptr));
   });
 }
 

@@ -17,15 +17,9 @@
 namespace adamal {
 namespace {
 
-// Resident blocks a multiprocessor must hold, which caps the registers: without it ptxas aims at 64
-// registers and spills, with one more block as well. float64 and a third moment need more of them.
-template <SecondMoment kSecondMoment, typename T>
-constexpr int kResidentBlocks =
-    sizeof(T) == sizeof(double) || kSecondMoment == SecondMoment::amsgrad ? 2 : 3;
-
 template <SecondMoment kSecondMoment, typename Param, typename Grad, typename Params>
 __global__ void __launch_bounds__(kCudaBlockThreads,
-                                  kResidentBlocks<kSecondMoment, ComputeType<Param>>)
+                                  kStepResidentBlocks<kSecondMoment, ComputeType<Param>>)
     adamal_step(const __grid_constant__ Params params) {
   step_block<kSecondMoment, Param, Grad>(params, blockIdx.x, threadIdx.x);
 }

@@ -100,11 +100,19 @@ inline const void* counter_of(const c10::VariableVersion& version) {
   return counter;
 }
 
+// GCC takes a function that does nothing but prefetch for one without effect, and drops its calls:
+// the empty asm is an effect.
+inline void prefetch_line(const void* address) {
+  __builtin_prefetch(address);
+  asm volatile("");
+}
+
 inline void prefetch_bytes(const void* address, size_t bytes) {
   constexpr size_t kLine = 64;
-  for (size_t i = 0; i < bytes; i += kLine) {
-    __builtin_prefetch(static_cast<const char*>(address) + i);
-  }
+  const char* const first = static_cast<const char*>(address);
+  for (size_t i = 0; i < bytes; i += kLine) prefetch_line(first + i);
+  // They may begin in the middle of a line.
+  prefetch_line(first + bytes - 1);
 }
 
 }  // namespace adamal

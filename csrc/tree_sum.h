@@ -11,12 +11,6 @@
 
 namespace adamal {
 
-inline int64_t power_of_two_from(int64_t count) {
-  int64_t power = 1;
-  while (power < count) power *= 2;
-  return power;
-}
-
 // static: a clone for each vector width is no function that several files can share.
 static ADAMAL_MULTIVERSIONED void add_pairs(const double* __restrict values,
                                             double* __restrict sums, int64_t count) {

@@ -282,6 +282,32 @@ def steps_equal_one_process(world: World) -> None:
 
 
 @case
+def watched_parts_are_those_of_the_whole(world: World) -> None:
+    twin = Twin(parameters(world.mesh()), lr=0.1, projection=Box(-0.5, 0.5))
+    with twin.optimizer.watch() as here, twin.reference.watch() as there:
+        twin.step(3)
+    parts: list[Any] = [None] * world.size
+    dist.all_gather_object(parts, list(here.read().values()))
+    for *of_ranks, expected in zip(*parts, there.read().values(), strict=True):
+        if sum(part.numel for part in of_ranks) != expected.numel:
+            assert of_ranks == [expected] * world.size  # Every rank has all of it.
+            continue
+        held = [part for part in of_ranks if part.numel]
+        assert {part.step for part in of_ranks} == {expected.step} == {3}
+        for name, combine in (
+            ("smallest_step", min),
+            ("largest_step", max),
+            ("least_budget_change", min),
+            ("steps_since_growth", min),
+        ):
+            found = combine(getattr(part, name) for part in held)
+            assert found == getattr(expected, name), name
+        for name in ("grown_fraction", "boundary_fraction"):
+            count = sum(round(getattr(part, name) * part.numel) for part in held)
+            assert count == round(getattr(expected, name) * expected.numel), name
+
+
+@case
 def fully_sharded(world: World) -> None:
     for clip in (False, True):
         net = sharded(world, world.mesh())

@@ -27,7 +27,10 @@ Array = npt.NDArray[Any]
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = Path(os.environ.get("ADAMAL_TEST_CSRC", ROOT / "csrc")).resolve()
-HARNESS_SOURCE = ROOT / "tests" / "native" / "harness.cpp"
+HARNESS_SOURCES = (
+    ROOT / "tests" / "native" / "harness.cpp",
+    ROOT / "tests" / "native" / "projections.cpp",
+)
 BUILD_DIR = ROOT / "build" / "native_harness"
 
 # Not optimised: most of the time goes into building.
@@ -59,8 +62,12 @@ class Command(IntEnum):
     STEP_ON_DEVICE = 6
     NORM_CPU = 7
     NORM_CUDA = 8
-    PROJECT_SERIALLY = 9
-    PROJECT_CPU = 10
+    WATCHED_CPU = 9
+    WATCHED_CUDA = 10
+    WATCHED_ON_DEVICE = 11
+    PROJECT_SERIALLY = 12
+    PROJECT_CPU = 13
+    PROJECT_CUDA = 14
 
 
 @dataclass
@@ -143,6 +150,10 @@ class ProjectResult:
 
     tensors: list[TensorCase]
     multipliers: list[Array]
+    passes: int | None = None
+    """How often threads shared work out, on the CPU."""
+    counts: Array | None = None
+    """Of the steps taken, where the scalars were the device's."""
 
 
 @dataclass
@@ -182,9 +193,13 @@ def build_harness(
     compiler = os.environ.get("CXX", "g++")
     flags = (*COMMON_FLAGS, *(SANITIZER_FLAGS if sanitize else ()))
     kernels = ("norm_cpu.cpp", "projection_cpu.cpp", "step_cpu.cpp")
-    sources = (HARNESS_SOURCE, *(csrc / name for name in kernels))
+    sources = (*HARNESS_SOURCES, *(csrc / name for name in kernels))
     digest = hashlib.sha256(repr((compiler, flags)).encode())
-    for path in (*sources, *sorted(HARNESS_SOURCE.parent.glob("*.h")), *sorted(csrc.glob("*.h"))):
+    for path in (
+        *sources,
+        *sorted(HARNESS_SOURCES[0].parent.glob("*.h")),
+        *sorted(csrc.glob("*.h")),
+    ):
         digest.update(path.read_bytes())
     executable = build_dir / f"harness-{digest.hexdigest()[:16]}"
     if not executable.exists():
@@ -273,6 +288,24 @@ class Harness:
             results.append(DeviceResult(taken.tensors(case), counts, skipped))
         return results
 
+    def watched(
+        self, command: Command, cases: Sequence[StepCase], records: Sequence[Sequence[Array]]
+    ) -> list[tuple[list[Array], list[TensorCase]]]:
+        """Step every case, and return its records, int64 ``[item, word]`` a tensor, and tensors.
+
+        ``records[i]`` are those that case ``i`` begins with. ``WATCHED_ON_DEVICE`` has the CUDA
+        walk find its scalars where the device would have derived them.
+        """
+        payload = b""
+        for case, of_case in zip(cases, records, strict=True):
+            payload += b"".join(_step_input(command, case))
+            payload += b"".join(array.tobytes() for array in of_case)
+        taken = _Taken(self._run(payload))
+        return [
+            ([taken.like(array) for array in of_case], taken.tensors(case))
+            for case, of_case in zip(cases, records, strict=True)
+        ]
+
     def squared_norms(self, command: Command, cases: Sequence[StepCase]) -> list[Array]:
         """Return the sum of squares of each tensor's gradient of each case."""
         output = self._run(b"".join(part for case in cases for part in _step_input(command, case)))
@@ -302,8 +335,42 @@ class Harness:
         taken = _Taken(output)
         results = []
         for case, of_case in zip(cases, sets, strict=True):
+            (passes,) = taken.integers(1)
             multipliers = [taken.array(np.dtype(np.float64), each.rows.rows) for each in of_case]
-            results.append(ProjectResult(taken.tensors(case), multipliers))
+            results.append(ProjectResult(taken.tensors(case), multipliers, passes=passes))
+        assert taken.offset == len(output)
+        return results
+
+    def project_cuda(
+        self,
+        cases: Sequence[StepCase],
+        sets: Sequence[Sequence[SetCase]],
+        devices: Sequence[DeviceCase | None],
+        *,
+        step_adds_sizes: bool = True,
+    ) -> list[ProjectResult]:
+        """Step and project every case by the CUDA kernels; a set a tensor.
+
+        Without ``step_adds_sizes`` the sizes of whole tensors are added after the step, as after
+        one that is watched.
+        """
+        payload = b""
+        for case, of_case, device in zip(cases, sets, devices, strict=True):
+            payload += b"".join(_step_input(Command.PROJECT_CUDA, case))
+            for each in of_case:
+                payload += _set_input(each)
+            payload += _integers(step_adds_sizes, device is not None)
+            payload += b"" if device is None else _device_input(device)
+        output = self._run(payload)
+        taken = _Taken(output)
+        results = []
+        for case, of_case, device in zip(cases, sets, devices, strict=True):
+            multipliers = [taken.array(np.dtype(float), each.rows.rows) for each in of_case]
+            counts = None
+            if device is not None:
+                counts = taken.array(np.dtype(np.float32), len(case.tensors))
+                taken.integers(1)
+            results.append(ProjectResult(taken.tensors(case), multipliers, counts=counts))
         assert taken.offset == len(output)
         return results
 
@@ -333,6 +400,10 @@ class _Taken:
     def integers(self, count: int) -> list[int]:
         """Return the next integers."""
         return self.array(np.dtype(np.int64), count).tolist()
+
+    def like(self, array: Array) -> Array:
+        """Return the next array of the type and shape of ``array``."""
+        return self.array(array.dtype, array.size).reshape(array.shape)
 
     def tensors(self, case: StepCase) -> list[TensorCase]:
         """Return the tensors of a case as the step left them."""

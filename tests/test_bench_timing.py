@@ -65,19 +65,24 @@ def test_whoever_would_take_too_long_is_left_out() -> None:
     assert record.left_out == {}
 
 
-def test_contenders_alternate_and_gradients_are_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[tuple[str, set[int]]] = []
+Steps = list[tuple[str, set[int]]]
 
-    def recording(name: str) -> Contender:
-        class Recording(torch.optim.SGD):
-            def step(self, closure: Any = None) -> Any:
-                params = self.param_groups[0]["params"]
-                steps.append((name, {p.grad.data_ptr() for p in params}))
 
-        return Contender(name, lambda groups: Recording(groups, lr=0.1), principal=True)
+def recording(name: str, steps: Steps, **known: Any) -> Contender:
+    """Return a contender that notes its name and its gradients' addresses at every step."""
 
+    class Recording(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            params = self.param_groups[0]["params"]
+            steps.append((name, {p.grad.data_ptr() for p in params}))
+
+    return Contender(name, lambda groups: Recording(groups, lr=0.1), **known)
+
+
+def test_contenders_alternate_and_gradients_are_fresh() -> None:
+    steps: Steps = []
     case = BenchCase("fresh", "fresh", lambda room: 1000 * [(16,)])
-    pair = [recording(BASELINE), recording("other")]
+    pair = [recording(name, steps, principal=True) for name in (BASELINE, "other")]
     (record,) = time_case(case, torch.float32, pair, PLENTY, Pace(1.0, 3))
     assert record.gradients == "fresh"
     timed = steps[-6:]
@@ -87,23 +92,35 @@ def test_contenders_alternate_and_gradients_are_fresh(monkeypatch: pytest.Monkey
         assert all(before.isdisjoint(after) for before, after in pairwise(addresses))
 
 
-def test_slow_contenders_sit_out_at_even_intervals() -> None:
-    entrants = [
-        Entrant(PEERS[name], [(4,)], torch.float32, CPU) for name in (BASELINE, "torch-for-loop")
+def test_two_alternate_while_nobody_else_steps() -> None:
+    steps: Steps = []
+    contenders = [
+        recording(BASELINE, steps, principal=True),
+        recording("ours", steps, principal=True, backend="cpu"),
+        recording("peer", steps, principal=True),
+        recording("slow", steps),
     ]
-    turns: list[str] = []
-    samples = bench_run._alternate(
-        entrants,
-        {BASELINE: 6, "torch-for-loop": 2},
-        [torch.ones(4)],
-        False,
-        CPU,
-        turns.append,
-        "",
-    )
-    assert [len(samples[name]) for name in (BASELINE, "torch-for-loop")] == [6, 2]
-    slow = [int(turn.split("round ")[1].split()[0]) for turn in turns if "for-loop" in turn]
-    assert slow == [3, 6]
+    case = BenchCase("pairs", "pairs", lambda room: [(4,)])
+    (record,) = time_case(case, torch.float32, contenders, PLENTY, Pace(1.0, 2))
+    untimed = 2
+    heats = [
+        untimed * [BASELINE]
+        + untimed * ["ours"]
+        + untimed * ["peer"]
+        # One more round than is timed.
+        + 3 * [BASELINE, "ours"]
+        + 3 * [BASELINE, "peer"]
+        + 3 * ["peer", "ours"],
+        untimed * [BASELINE] + untimed * ["slow"] + 3 * [BASELINE, "slow"],
+    ]
+    assert [name for name, _ in steps] == heats[0] + heats[1]
+    assert {result.contender: result.times_faster_than.keys() for result in record.results} == {
+        BASELINE: {"ours", "peer", "slow"},
+        "ours": {BASELINE, "peer"},
+        "peer": {BASELINE, "ours"},
+        "slow": {BASELINE},
+    }
+    assert all(result.wall_s.samples == 2 for result in record.results)
 
 
 def test_v_is_written_when_cold_and_not_when_saturated() -> None:

@@ -461,7 +461,7 @@ class TestRefusals:
         gc.collect()
         with pytest.raises(RuntimeError, match="is gone"):
             torch.ops.adamal_kernels.step(
-                *tensors, [], [torch.ones(())], [], None, None, [0], [], handle, True
+                *tensors, [], [], [torch.ones(())], [], None, None, [0], [], handle, True
             )
 
 

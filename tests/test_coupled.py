@@ -500,3 +500,38 @@ def test_a_second_step_is_not_checked_in_python(place: Place) -> None:
     param.grad = torch.ones_like(param)
     optimizer.step()
     assert steady is None or optimizer._plan._steady_state is not steady
+
+
+@pytest.mark.parametrize(
+    ("projection", "fraction"),
+    [(L2Ball(1.0, dim=1), 0.5), (L1Ball(1.0, dim=1), 0.5), (Simplex(dim=1), 0.25)],
+    ids=repr,
+)
+def test_watched_steps_project(place: Place, projection: CoupledSet, fraction: float) -> None:
+    values = torch.tensor([[0.25, 0.25, 0.25, 0.25], [3.0, 3.0, -3.0, -3.0]])
+    if not isinstance(projection, Simplex):
+        values[0, 3] = 0.1
+    params = [values.clone().to(place.device).requires_grad_() for _ in range(2)]
+    watched, plain = (
+        AdamAL([param], lr=1e-8, projection=projection, backend=place.backend) for param in params
+    )
+    watch = watched.watch()
+    for _ in range(3):
+        for param, optimizer in zip(params, (watched, plain), strict=True):
+            param.grad = torch.full_like(param, 1e-3)
+            optimizer.step()
+    assert same_bits(*params)
+    seen = watch.read()[params[0]]
+    assert seen.boundary_fraction == fraction
+    assert seen.watched_steps == 3
+
+
+@pytest.mark.parametrize("cls", SETS)
+def test_a_search_in_an_infinite_metric_ends(place: Place, cls: type[CoupledSet]) -> None:
+    """Of the second moments that have overflowed: nothing can move, and the row is left alone."""
+    values = torch.tensor([3.0, -2.0, 0.5])
+    param = values.clone().to(place.device).requires_grad_()
+    optimizer = AdamAL([param], lr=0.1, projection=cls(1.0), backend=place.backend)
+    param.grad = torch.full_like(param, 1e30)
+    optimizer.step()
+    assert same_bits(param.detach().cpu(), values)

@@ -207,6 +207,25 @@ def test_more_chunks_than_lanes(
     assert (result.multipliers[0] > 0).all()
 
 
+@pytest.mark.parametrize("cls", SETS)
+def test_the_step_begins_the_search_of_a_long_row(harness: Harness, cls: type[CoupledSet]) -> None:
+    """From its solution, a search takes no pass of its own."""
+    rng = np.random.default_rng(6)
+    case = StepCase(FLOAT32, SecondMoment.MONOTONE, ROWS[:1], [])
+    rows = coupled_rows(pattern_of("long rows", torch.float32), cls(30.0, dim=1))
+    case.tensors = [make_tensor(rng, case, rows.rows * rows.length, extreme=False)]
+
+    def project(start: np.ndarray) -> ProjectResult:
+        return harness.project(Command.PROJECT_CPU, [case], [[SetCase(rows, start)]])[0]
+
+    cold = project(np.zeros(rows.rows))
+    assert (cold.multipliers[0] != 0).all()
+    assert cold.passes > 3
+    warm = project(cold.multipliers[0])
+    assert warm.passes == 2, "the step, and the writes"
+    assert warm.tensors[0].param.tobytes() == cold.tensors[0].param.tobytes()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_shares_change_nothing(harness: Harness, seed: int) -> None:
     layouts = ["rows, several items", "long rows", "columns"]

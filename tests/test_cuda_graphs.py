@@ -9,8 +9,9 @@ import torch
 from support import PLACES, Place
 from torch import Tensor
 
-from adamal_kernels import AdamAL
+from adamal_kernels import AdamAL, L1Ball, L2Ball, Simplex
 from adamal_kernels.backends import FUSED
+from adamal_kernels.projections import Projection
 from adamal_kernels.verify import different_values, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +36,12 @@ class Run:
     """An optimizer whose learning rate, scale and verdict on the gradients are the device's."""
 
     def __init__(
-        self, device: torch.device, backend: str, max_grad_norm: float | None, is_scaled: bool
+        self,
+        device: torch.device,
+        backend: str,
+        max_grad_norm: float | None,
+        is_scaled: bool,
+        projection: Projection | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.params = [
@@ -47,6 +53,7 @@ class Run:
             lr=self.lr,
             capturable=True,
             max_grad_norm=max_grad_norm,
+            projection=projection,
             backend=backend,
         )
         if is_scaled:
@@ -114,3 +121,26 @@ def test_replays_step_by_what_is_there_then(
         assert different_values(ours.values(), theirs.values()) == [], f"step {step}"
         assert torch.equal(ours.optimizer.skipped_steps, theirs.optimizer.skipped_steps)
         del junk
+
+
+@pytest.mark.parametrize("projection", [L2Ball(3.0), L1Ball(3.0), Simplex(2.0)], ids=repr)
+def test_replays_search_for_their_own_multipliers(place: Place, projection: Projection) -> None:
+    runs = [
+        Run(place.device, backend, None, True, projection) for backend in (place.backend, "foreach")
+    ]
+    ours, theirs = runs
+    for run in runs:
+        run.set_gradients(0)
+        run.optimizer.step()
+    static = ours.set_gradients(50)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.optimizer.step()
+    for step in range(60, 66):
+        for run in runs:
+            run.change_scalars(step)
+        theirs.set_gradients(step)
+        theirs.optimizer.step()
+        ours.set_gradients(step, into=static)
+        graph.replay()
+        assert different_values(ours.values(), theirs.values()) == [], f"step {step}"

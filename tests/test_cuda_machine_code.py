@@ -268,10 +268,11 @@ def test_registers_leave_room_for_several_blocks(build: Build) -> None:
     [
         ("scalars_cuda", {"mul.rn.f64", "div.rn.f64", "sqrt.rn.f64"}),
         ("norm_cuda", {"mul.rn.f64", "add.rn.f64"}),
+        ("projection_cuda", {"sqrt.rn.f32", "div.rn.f32", "sqrt.rn.f64", "div.rn.f64"}),
     ],
 )
 def test_the_other_kernels(source: str, operations: set[str], arch: str, tmp_path: Path) -> None:
-    """Scalars and norms: rounded to nearest, nothing spilled, gradients read 16 bytes at a time."""
+    """Scalars, norms and projections: rounded to nearest, nothing spilled, 16 bytes at a time."""
     ptx, report, sass = compile_cuda(source, arch, tmp_path)
     assert operations <= rounded_arithmetic(ptx)
     assert set(re.findall(r"(\d+) bytes spill (?:stores|loads)", report)) == {"0"}
@@ -279,5 +280,6 @@ def test_the_other_kernels(source: str, operations: set[str], arch: str, tmp_pat
     for name, body in kernels:
         opcodes = [instruction.opcode for instruction in parse_code(body)]
         assert {opcode.split(".")[0] for opcode in opcodes}.isdisjoint({"STL", "LDL"}), name
-        if "norm_of_items" in name:
+        assert not any(opcode.startswith("FFMA2") for opcode in opcodes), name
+        if any(part in name for part in ("norm_of_items", "StepBlock", "Evaluate", "ProjectTile")):
             assert "LDG.E.128" in "\n".join(opcodes), name

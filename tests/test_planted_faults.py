@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import test_device_kernels as device
 import test_native_walk as walk
+import test_projection_blocks as blocks
+import test_watch_kernels as watched
 from forked_pytest import ROOT, run_pytest
 from native_harness import Command, Harness, HarnessError, build_harness
 
@@ -89,6 +91,21 @@ def norms(harness: Harness) -> None:
     device.test_norms_of_many_chunks_use_every_lane(harness)
 
 
+def watched_steps(harness: Harness) -> None:
+    for command in watched.COMMANDS:
+        watched.test_records_are_those_of_the_eager_formula(harness, command)
+
+
+def watched_extremes(harness: Harness) -> None:
+    watched.test_records_of_every_type_and_of_extremes(harness, Command.WATCHED_CPU)
+
+
+def projections(harness: Harness) -> None:
+    blocks.test_short_rows(harness, 1)
+    blocks.test_long_rows(harness, 0, 0)
+    blocks.test_long_searches(harness, 16400)
+
+
 def launches(harness: Harness) -> None:
     walk.test_launches_split_where_their_parameters_are_full(harness, harness.info(), 0)
 
@@ -103,9 +120,30 @@ Check = Callable[[Harness], None]
 MATH, WALK = "csrc/adamal_math.h", "csrc/multi_tensor.h"
 LAUNCH, CPU, STORAGE = "csrc/launch_params.h", "csrc/step_cpu.cpp", "csrc/storage.h"
 DEVICE, NORM, TREE = "csrc/device_scalars.h", "csrc/gradient_norm.h", "csrc/tree_sum.h"
+BLOCKS = "csrc/projection_blocks.h"
 
 # Name -> the fault, and what catches it without sanitizers.
 NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
+    "elements that stood still have grown": (
+        Fault("csrc/watch.h", "grown += after > before;", "grown += after >= before;"),
+        watched_steps,
+    ),
+    "the budget's least change is looked for too seldom": (
+        Fault(
+            "csrc/watch_cpu.h",
+            "if (seen.least_change < seen_->least_change) {",
+            "if (seen.least_change < seen_->least_change && earlier == 0) {",
+        ),
+        watched_steps,
+    ),
+    "watched steps forget the last one's learning rate": (
+        Fault("csrc/watch.h", "record->budget_scale = now.scale;", ""),
+        watched_steps,
+    ),
+    "a v that is no number has a smallest step": (
+        Fault("csrc/watch.h", "largest == largest ? smallest : largest;", "smallest;"),
+        watched_extremes,
+    ),
     "a skipped step is counted": (
         Fault(DEVICE, "if (found.skip) return false;", "if (found.skip) ++*count;"),
         device_steps,
@@ -145,6 +183,26 @@ NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
     "the CPU tree ends early": (
         Fault(TREE, "for (; count > 1; count /= 2)", "for (; count > 2; count /= 2)"),
         norms,
+    ),
+    "only the first row of a tile is evaluated": (
+        Fault(
+            BLOCKS,
+            "if (search.state != SearchState::searching) return;\n          shared.leaves",
+            "if (row > 0) return;\n          shared.leaves",
+        ),
+        projections,
+    ),
+    "the step adds no sizes": (
+        Fault(BLOCKS, "if (thread == 0) entry.sums[item.chunk].first = shared.leaves[0];", ""),
+        projections,
+    ),
+    "searches end with the rounds": (
+        Fault(
+            BLOCKS,
+            "while (shared.search.state == SearchState::searching)",
+            "while (shared.search.state != shared.search.state)",
+        ),
+        projections,
     ),
     "the clamp is flipped": (
         Fault(MATH, "stepped < s.lower ? s.lower", "stepped > s.lower ? s.lower"),
@@ -428,7 +486,7 @@ TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
     "the pointer table is stale": (
         Fault(
             "adamal_kernels/backends/triton_plan.py",
-            "if self._bound != (entries, aligned):",
+            "if self._bound != bound:",
             "if self._bound is None:",
         ),
         "test_triton_interpreter.py::test_tables_follow_the_tensors[Python]",

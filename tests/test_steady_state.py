@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,15 @@ SHAPES = ((3,), (4, 5), (2, 3, 4, 5), (), (0,), (1000,))
 class Pair:
     """Two optimizers over equal parameters: the one under test, and reference, never steady."""
 
-    def __init__(self, place: Place, cls: type = AdamAL, **options: Any) -> None:
+    def __init__(
+        self,
+        place: Place,
+        cls: type = AdamAL,
+        shapes: Sequence[tuple[int, ...]] = SHAPES,
+        **options: Any,
+    ) -> None:
         torch.manual_seed(0)
-        start = [torch.randn(shape).to(place.device) for shape in SHAPES]
+        start = [torch.randn(shape).to(place.device) for shape in shapes]
         start[2] = start[2].contiguous(memory_format=torch.channels_last)
         self.params = [[p.clone().requires_grad_() for p in start] for _ in range(2)]
         self.optimizers = [

@@ -41,8 +41,11 @@ class Backend(Protocol):
         :mod:`adamal_kernels.gradient_norm`.
         """
 
+    def watched_elements(self, key: BucketKey) -> int | None:
+        """Return how many elements a watched step keeps a record of; None: all of a tensor."""
+
     def step(self, bucket: Bucket) -> None:
-        """Step the bucket's parameters and moments in place."""
+        """Step the bucket's parameters and moments in place, and its records if it has any."""
 
 
 BACKENDS: dict[str, Backend] = {

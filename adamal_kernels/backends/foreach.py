@@ -14,6 +14,7 @@ from ..dtypes import DTYPE_PAIRS, compute_dtype
 from ..gradient_norm import squared_norm
 from ..hyperparameters import StepScalars, derive_step_scalars
 from ..rounding import rounded_sqrt
+from ..watch_records import record_steps
 from .device_scalars import device_rows
 
 __all__ = ["ForeachBackend"]
@@ -41,6 +42,10 @@ class ForeachBackend:
         """See :class:`adamal_kernels.backends.Backend`."""
         return squared_norm(bucket.grads, compute_dtype(bucket.key.dtypes.param))
 
+    def watched_elements(self, key: BucketKey) -> int | None:
+        """See :class:`adamal_kernels.backends.Backend`."""
+        return None
+
     def step(self, bucket: Bucket) -> None:
         """See :class:`adamal_kernels.backends.Backend`."""
         dtype = compute_dtype(bucket.key.dtypes.param)
@@ -48,16 +53,30 @@ class ForeachBackend:
         if source is None:
             table = torch.tensor(bucket.scalars, dtype=dtype, device="cpu").tolist()
             rows = [StepScalars(*table[row]) for row in bucket.rows]
-            self._step(bucket, rows, rows)
+            self._watched_step(bucket, rows, rows, None)
             if bucket.key.coupled:
                 numbers = torch.tensor(rows, dtype=dtype, device="cpu").to(bucket.key.device)
                 project_bucket(bucket, [StepScalars(*row.unbind()) for row in numbers.unbind()])
             return
         rows, skip = device_rows(source, bucket.rows, dtype, bucket.key.device)
         known = [derive_step_scalars(1, source.options[row]) for row in bucket.rows]
-        self._step_unless(skip, bucket, rows, known)
+        self._watched_step(bucket, rows, known, skip)
         if bucket.key.coupled:
             project_bucket(bucket, rows, skip)
+
+    def _watched_step(
+        self,
+        bucket: Bucket,
+        rows: Sequence[StepScalars],
+        known: Sequence[StepScalars],
+        skip: Tensor | None,
+    ) -> None:
+        """Step, unless that is skipped, and record what it came to, if that is asked for."""
+        denominators = bucket.max_exp_avg_sqs or bucket.exp_avg_sqs
+        before = [tensor.clone() for tensor in denominators] if bucket.records else []
+        self._step_unless(skip, bucket, rows, known)
+        if bucket.records:
+            record_steps(bucket.records, before, denominators, rows, skip)
 
     def _step_unless(
         self,

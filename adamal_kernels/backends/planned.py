@@ -36,6 +36,10 @@ class PlannedBackend:
             return squared_norm(bucket.grads, compute_dtype(bucket.key.dtypes.param))
         return self.new_plan(bucket.key).squared_norm(bucket.grads)
 
+    def watched_elements(self, key: BucketKey) -> int | None:
+        """See :class:`adamal_kernels.backends.Backend`."""
+        return int(self.new_plan(key).chunk)
+
     def step(self, bucket: Bucket) -> None:
         """See :class:`adamal_kernels.backends.Backend`."""
         plan = bucket.workspace.get("plan")
@@ -49,6 +53,7 @@ class PlannedBackend:
             bucket.max_exp_avg_sqs,
             bucket.multipliers,
             list(sets),
+            bucket.records,
         )
         if bucket.device_scalars is not None:
             bound = bound_options if self.has_native_plans else _same

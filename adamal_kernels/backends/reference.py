@@ -11,6 +11,7 @@ from ..dtypes import DTYPE_PAIRS, compute_dtype
 from ..gradient_norm import squared_norm
 from ..hyperparameters import StepScalars
 from ..rounding import rounded_sqrt
+from ..watch_records import record_steps
 from .device_scalars import device_rows
 
 __all__ = ["ReferenceBackend"]
@@ -34,6 +35,10 @@ class ReferenceBackend:
         """See :class:`adamal_kernels.backends.Backend`."""
         return squared_norm(bucket.grads, compute_dtype(bucket.key.dtypes.param))
 
+    def watched_elements(self, key: BucketKey) -> int | None:
+        """See :class:`adamal_kernels.backends.Backend`."""
+        return None
+
     def step(self, bucket: Bucket) -> None:
         """See :class:`adamal_kernels.backends.Backend`."""
         dtype = compute_dtype(bucket.key.dtypes.param)
@@ -44,6 +49,8 @@ class ReferenceBackend:
             table = torch.tensor(bucket.scalars, dtype=dtype, device="cpu").to(bucket.key.device)
             table_rows = [StepScalars(*row.unbind()) for row in table.unbind()]
             rows, skip = [table_rows[row] for row in bucket.rows], None
+        denominators = bucket.max_exp_avg_sqs or bucket.exp_avg_sqs
+        before = [tensor.detach().clone() for tensor in denominators] if bucket.records else []
         maxima = bucket.max_exp_avg_sqs or [None] * len(bucket.params)
         for param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, row in zip(
             bucket.params,
@@ -64,6 +71,8 @@ class ReferenceBackend:
             for target, value in zip(targets, values, strict=True):
                 if target is not None and value is not None:
                     target.copy_(value if skip is None else torch.where(skip, target, value))
+        if bucket.records:
+            record_steps(bucket.records, before, denominators, rows, skip)
         if bucket.key.coupled:
             project_bucket(bucket, rows, skip)
 

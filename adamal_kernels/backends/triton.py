@@ -48,6 +48,10 @@ class TritonBackend(PlannedBackend):
         """See :class:`PlannedBackend`."""
         return why_not_importable("_C") is None
 
+    def watched_elements(self, key: BucketKey) -> int | None:
+        """See :class:`adamal_kernels.backends.Backend`."""
+        return int(_kernels().BLOCK)
+
     def new_plan(self, key: BucketKey) -> Any:
         """See :meth:`PlannedBackend.new_plan`."""
         from .triton_launcher import Launcher  # imports Triton

@@ -30,7 +30,9 @@ __all__ = [
     "elements",
     "interpreted",
     "launch_options",
+    "multiply",
     "sqrt",
+    "step_item",
     "step_kernel",
     "target",
 ]
@@ -124,7 +126,7 @@ def _cast_kernel(source, target):
 
 @triton.jit
 def sqrt(x):
-    """Return the square root, rounded to nearest."""
+    """Return the root, rounded to nearest."""
     # tl.sqrt is approximate in float32 and rounded to nearest in float64; sqrt_rn takes no float64.
     if x.dtype == tl.float32:
         return tl.sqrt_rn(x)
@@ -142,7 +144,8 @@ def divide(x, y):
 
 
 @triton.jit
-def _multiply(x, y, PACKS: tl.constexpr):
+def multiply(x, y, PACKS: tl.constexpr):
+    """Return the product, rounded to nearest before anything is added to it."""
     # Where float32 operations are packed in pairs, ptxas 12.9 and 13.0 fuse a packed product with
     # a sum, .rn and --fmad=false notwithstanding. A libdevice product is not packed.
     if PACKS and x.dtype == tl.float32:
@@ -170,23 +173,23 @@ def _element(g, p, m, v, v_max, scalars, SECOND_MOMENT: tl.constexpr, PACKS: tl.
     lower = tl.load(scalars + 9)
     upper = tl.load(scalars + 10)
 
-    g = _multiply(grad_factor, g, PACKS)
-    g = tl.where(coupled_decay != 0, g + _multiply(coupled_decay, p, PACKS), g)
-    p = _multiply(p, decay_factor, PACKS)
-    m = m + _multiply(one_minus_beta1, g - m, PACKS)
-    g2 = _multiply(g, g, PACKS)
+    g = multiply(grad_factor, g, PACKS)
+    g = tl.where(coupled_decay != 0, g + multiply(coupled_decay, p, PACKS), g)
+    p = multiply(p, decay_factor, PACKS)
+    m = m + multiply(one_minus_beta1, g - m, PACKS)
+    g2 = multiply(g, g, PACKS)
     if SECOND_MOMENT == _MONOTONE:
         grown = g2 > v
-        v = tl.where(grown, v + _multiply(one_minus_beta2, g2 - v, PACKS), v)
+        v = tl.where(grown, v + multiply(one_minus_beta2, g2 - v, PACKS), v)
         denominator = v
     else:
-        v = _multiply(beta2, v, PACKS) + _multiply(one_minus_beta2, g2, PACKS)
+        v = multiply(beta2, v, PACKS) + multiply(one_minus_beta2, g2, PACKS)
         grown = v > v_max
         v_max = tl.where(grown, v, v_max)
         denominator = v_max if SECOND_MOMENT == _AMSGRAD else v
     d = divide(sqrt(denominator), bias2_sqrt) + eps
     quotient = tl.where((d == 0) & (m == 0), 0.0, divide(m, d))
-    p = p - _multiply(step_size, quotient, PACKS)
+    p = p - multiply(step_size, quotient, PACKS)
     p = tl.where(p < lower, lower, tl.where(p > upper, upper, p))
     return p, m, v, v_max, grown
 
@@ -215,7 +218,10 @@ def _update_block(
     SECOND_MOMENT: tl.constexpr,
     PACKS: tl.constexpr,
 ):
-    """Step one block: pointers to its elements, and the mask of those that exist (None: all)."""
+    """Step one block: pointers to its elements, and the mask of those that exist (None: all).
+
+    Return what the denominator was made of in the last step, and what it is made of now.
+    """
     COMPUTE: tl.constexpr = exp_avg.dtype.element_ty
     VECTOR: tl.constexpr = _VECTOR_BYTES // (COMPUTE.primitive_bitwidth // 8)
     g = tl.load(grad, mask).to(COMPUTE)
@@ -223,6 +229,7 @@ def _update_block(
     m = tl.load(exp_avg, mask)
     v = tl.load(exp_avg_sq, mask)
     v_max = tl.load(max_exp_avg_sq, mask) if SECOND_MOMENT == _AMSGRAD else v
+    before = v_max
 
     p, m, v, v_max, grown = _element(g, p, m, v, v_max, scalars, SECOND_MOMENT, PACKS)
 
@@ -237,6 +244,7 @@ def _update_block(
         tl.store(exp_avg_sq, v, mask)
         if SECOND_MOMENT == _AMSGRAD:
             tl.store(max_exp_avg_sq, v_max, grown)
+    return before, v_max if SECOND_MOMENT == _AMSGRAD else v
 
 
 @triton.jit
@@ -271,6 +279,40 @@ def step_kernel(
     compute type, or, with ``DEVICE_SCALARS``, what :func:`.derive_kernel` left: then a tensor has
     the row of its own index. All start at multiples of 16 bytes. :func:`constants` has the rest.
     """
+    step_item(
+        tensors,
+        items,
+        inputs,
+        scalars,
+        PARAM,
+        GRAD,
+        COMPUTE,
+        SECOND_MOMENT,
+        ALIGNED,
+        DEVICE_SCALARS,
+        PACKS,
+    )
+
+
+@triton.jit
+def step_item(
+    tensors,
+    items,
+    inputs,
+    scalars,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SECOND_MOMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DEVICE_SCALARS: tl.constexpr,
+    PACKS: tl.constexpr,
+):
+    """Step this program's work item of :func:`step_kernel`.
+
+    Return what its elements' denominators were made of and are made of now, how many elements it
+    has (0 or less: it is not stepped), and its row of scalars.
+    """
     item = items + 2 * tl.program_id(0)
     index = tl.load(item)
     start = tl.load(item + 1).to(tl.int64) * _BLOCK
@@ -291,11 +333,12 @@ def step_kernel(
 
     # The branch is uniform: only a tensor's last block pays for a mask, which undoes vectors.
     if remaining >= _BLOCK:
-        _update_block(
+        before, after = _update_block(
             param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, row, None, SECOND_MOMENT, PACKS
         )
     else:
         mask = tl.arange(0, _BLOCK) < remaining
-        _update_block(
+        before, after = _update_block(
             param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, row, mask, SECOND_MOMENT, PACKS
         )
+    return before, after, remaining, row

@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 from ..bucket import BucketKey
 from ..dtypes import compute_dtype
 from ..hyperparameters import StepScalars
-from . import triton_kernels, triton_norm, triton_scalars
+from . import triton_kernels, triton_norm, triton_scalars, triton_watch
 from .triton_plan import TensorEntry
 from .triton_projection import ProjectionTables, prepare_projection, projection_tables
 
@@ -56,6 +56,8 @@ class _Tables:
     items: list[tuple[bool, Tensor]]
     """Whether they are all aligned, and they."""
     projection: ProjectionTables | None = None
+    records: Tensor | None = None
+    """Addresses of each tensor's records; None where steps are not watched."""
     step: _Staged | None = None
     norm: _Staged | None = None
 
@@ -79,9 +81,17 @@ class Launcher:
         self._target = None if key.device.type == "cpu" else triton_kernels.target(key.device)
         self._options = triton_kernels.launch_options(self._target)
         self._host_tables: tuple[Tensor, Tensor, Tensor, ProjectionTables | None]
+        self._records: Sequence[Tensor] = ()
         self._tables: _Tables | None = None
 
-    def bind(self, entries: Tensor, aligned: Tensor, others: Tensor, sets: Tensor) -> None:
+    def bind(
+        self,
+        entries: Tensor,
+        aligned: Tensor,
+        others: Tensor,
+        sets: Tensor,
+        records: Sequence[Tensor],
+    ) -> None:
         """Take over the tables of the next steps.
 
         Args:
@@ -91,14 +101,16 @@ class Launcher:
             others: the same of the other tensors.
             sets: int64 ``[tensor, SET_WORDS]``, rows of :class:`.SetEntry` and the runs that follow
                 one; none unless ``key.coupled``.
+            records: of each tensor's work items; empty where steps are not watched.
 
-        All are host memory, pinned where the device is another.
+        The tables are host memory, pinned where the device is another.
         """
         projection = None
         if self._key.coupled:
             made = projection_tables(sets, compute_dtype(self._key.dtypes.param))
             projection = made.map(self._host)
         self._host_tables = (entries, aligned, others, projection)
+        self._records = records
         self._tables = None
 
     def launch(self, packed: Tensor) -> None:
@@ -130,7 +142,7 @@ class Launcher:
             for launch in staged.launches:
                 launch(stream)
             if capturing:
-                _captured.append((packed, self._host_tables, tables, staged))
+                _captured.append((packed, self._host_tables, self._records, tables, staged))
         return staged
 
     def _tables_on(self, stream: int, capturing: bool) -> _Tables:
@@ -157,7 +169,17 @@ class Launcher:
                 if len(items) > 0
             ],
             None if projection is None else projection.map(self._upload),
+            self._record_addresses(),
         )
+
+    def _record_addresses(self) -> Tensor | None:
+        if not self._records:
+            return None
+        if self._target is not None:
+            for records in self._records:
+                records.record_stream(torch.cuda.current_stream(self._key.device))
+        addresses = [records.data_ptr() for records in self._records]
+        return torch.tensor(addresses, dtype=torch.int64, device=self._key.device)
 
     def _step_of(self, tables: _Tables, size: int) -> _Staged:
         step = tables.step
@@ -190,6 +212,8 @@ class Launcher:
             tensors = (tables.entries, items, inputs, scalars)
             constants = triton_kernels.constants(self._key, self._target, aligned=promise)
             kernel = triton_kernels.step_kernel
+            if tables.records is not None:
+                kernel, tensors = triton_watch.watched_step_kernel, (*tensors, tables.records)
             step.launches.append(self._prepare(kernel, len(items), tensors, constants))
         if tables.projection is not None:
             tensors = (tables.entries, inputs, scalars)

@@ -111,7 +111,10 @@ class PythonPlan:
         self._launcher = launcher
         self._entries: list[TensorEntry] = []
         self._sets: list[CoupledRows] = []
-        self._bound: tuple[list[TensorEntry], list[CoupledRows], list[bool]] | None = None
+        self._records: list[Tensor] = []
+        self._bound: tuple[list[TensorEntry], list[CoupledRows], list[bool], list[int]] | None = (
+            None
+        )
 
     def bind(
         self,
@@ -121,6 +124,7 @@ class PythonPlan:
         max_exp_avg_sqs: Sequence[Tensor],
         multipliers: Sequence[Tensor],
         sets: Sequence[CoupledRows],
+        records: Sequence[Tensor],
     ) -> None:
         """Take over the tensors of the next steps, and their sets where the bucket is coupled."""
         none = [0] * len(params)
@@ -133,6 +137,7 @@ class PythonPlan:
             )
         ]
         self._sets = list(sets)
+        self._records = list(records)
 
     def step(self, grads: Sequence[Tensor], scalars: array[float], rows: Sequence[int]) -> None:
         """Step the bound tensors; ``scalars`` are rows of StepScalars, one after the other."""
@@ -193,13 +198,15 @@ class PythonPlan:
             (e.param | e.exp_avg | e.exp_avg_sq | e.max_exp_avg_sq | grad) % _ALIGNMENT == 0
             for e, grad in zip(entries, addresses, strict=True)
         ]
-        bound = (entries, self._sets, aligned)
+        addresses_of_records = [records.data_ptr() for records in self._records]
+        bound = (entries, self._sets, aligned, addresses_of_records)
         if self._bound != bound:
             self._bound = None  # for as long as that may fail
             self._launcher.bind(
                 self._host(torch.tensor(entries, dtype=torch.int64, device="cpu")),
                 *(self._host(self._items(entries, aligned, wanted)) for wanted in (True, False)),
                 self._host(set_table(self._sets)),
+                self._records,
             )
             self._bound = bound
         inputs = torch.tensor(

@@ -87,9 +87,11 @@ def continue_search(kind, size, first, second, before, scale, state, evaluations
     is_ball = kind == _L2_BALL
     is_finite = (first < _INFINITY) & (first > _ALL_ELEMENTS)
     is_finite = is_finite & (second < _INFINITY) & (second > _ALL_ELEMENTS)
+    is_all = before == _ALL_ELEMENTS
+    counts_all = is_all | ((kind == _L1_BALL) & (before == 0))
+    is_finite = is_finite & ((counts_all & (second == 0)) == 0)
     found_size = tl.where(is_ball, tl.sqrt(first), first)
     excess = found_size - size
-    is_all = before == _ALL_ELEMENTS
     of_ball = before + excess / size * (first / second)
     restart = tl.where(kind == _L1_BALL, 0.0, _ALL_ELEMENTS)
     start = tl.where(is_all, 0.0, before)
@@ -99,8 +101,8 @@ def continue_search(kind, size, first, second, before, scale, state, evaluations
 
     tolerance = size * tl.where(is_ball, _BALL_TOLERANCE, _OTHER_TOLERANCE)
     is_close = (is_all == 0) & (_magnitude(excess) <= tolerance)
-    is_stuck = (is_all == 0) & (excess <= 0) & (evaluations > 0) | (following == before)
-    is_stuck = (is_close == 0) & (is_stuck | (evaluations + 1 >= _MOST_EVALUATIONS))
+    is_stuck = (excess <= 0) & (evaluations > 0) | (following == before)
+    is_stuck = (is_all == 0) & (is_close == 0) & (is_stuck | (evaluations + 1 >= _MOST_EVALUATIONS))
     is_scaled = found_size > tl.where(kind == _SIMPLEX, 0.0, size)
 
     goes_on = (state == SEARCHING) & is_finite

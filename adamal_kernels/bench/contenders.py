@@ -45,7 +45,7 @@ class Contender:
     stores_v_where_grown: bool = False
     """Leaves unwritten the parts of the second moment that did not grow."""
     principal: bool = False
-    """Takes part in every round, and in those with a saturated second moment."""
+    """Alternates with every principal one of the other side, with a saturated second moment too."""
     moments: int = 2
     """State tensors of the parameter's size."""
     scratch_all: int = 0

@@ -1,4 +1,4 @@
-"""The run: parity first, then contenders in turn, a step each, case after case."""
+"""The run: parity first, then contenders two by two, a step each in turn, case after case."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Pace:
     """How long it is timed."""
 
     seconds: float
-    """For one case; divided among its contenders, so that slow ones take part in fewer rounds."""
+    """For one case; divided among its pairs, so that slow ones step in fewer rounds."""
     rounds: int | None = None
     """Timed steps of every contender, instead of as many as there is time for."""
 
@@ -70,12 +70,12 @@ class Pace:
             return False
         return step_seconds > _LONGEST_STEP_SECONDS
 
-    def rounds_of(self, contender: Contender, step_seconds: float, seconds: float) -> int:
-        """Return how many steps to time in ``seconds``, at about ``step_seconds`` each."""
+    def rounds_of(self, contender: Contender, round_seconds: float, seconds: float) -> int:
+        """Return how many rounds to time in ``seconds``, at about ``round_seconds`` each."""
         if self.rounds is not None:
             return self.rounds
         fewest = _FEWEST_PRINCIPAL_ROUNDS if contender.principal else _FEWEST_ROUNDS
-        return max(fewest, min(_MOST_ROUNDS, int(seconds / step_seconds)))
+        return max(fewest, min(_MOST_ROUNDS, int(seconds / round_seconds)))
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Result:
     v_sectors_written: float | None
     """The fraction of the 32-byte sectors of v that one step changed; known of ours if fused."""
     times_faster_than: dict[str, float] = field(default_factory=dict)
-    """By contender timed in the same rounds: its median over this one's, of wall time."""
+    """By contender it alternated with: that one's median over this one's there, of wall time."""
     times_faster_on_device: dict[str, float] = field(default_factory=dict)
 
 
@@ -191,7 +191,7 @@ def time_case(
     rates: Mapping[str, float] = MappingProxyType({}),
     report: Report = lambda text: None,
 ) -> list[Record]:
-    """Time ``contenders`` in one case: in heats that fit into memory, each with the baseline.
+    """Time ``contenders`` in one case, two by two, in heats that fit into memory.
 
     Args:
         case: whose tensors.
@@ -264,7 +264,7 @@ def _time_heat(
     """Time the contenders of ``heat``, and add what was found to the records."""
     fresh = case.fresh_gradients(len(shapes))
     entrants: list[Entrant] = []
-    rounds: dict[str, int] = {}
+    expected: dict[str, float] = {}
     for contender in heat:
         report(f"{records['cold'].title}: warming up {contender.name}")
         try:
@@ -281,21 +281,13 @@ def _time_heat(
             records["cold"].left_out[contender.name] = f"a step takes {step_seconds:.1f} s"
             continue
         entrants.append(entrant)
-        share = seconds / len(heat) / len(records)
-        rounds[contender.name] = pace.rounds_of(contender, step_seconds, share)
-    principal = [entrant for entrant in entrants if entrant.contender.principal]
-    if any(contender.principal and contender.name != BASELINE for contender in heat):
-        together = min((rounds[entrant.contender.name] for entrant in principal), default=0)
-    else:
-        others = [count for name, count in rounds.items() if name != BASELINE]
-        together = max(others, default=rounds.get(BASELINE, 0))
-    rounds |= {entrant.contender.name: together for entrant in principal}
+        expected[contender.name] = step_seconds
 
     for age, record in records.items():
-        steppers = entrants if age == "cold" else principal
+        steppers = entrants if age == "cold" else [e for e in entrants if e.contender.principal]
         if age == "saturated":
             known = {result.contender for result in record.results}
-            if known.issuperset(entrant.contender.name for entrant in principal):
+            if known.issuperset(entrant.contender.name for entrant in steppers):
                 continue
             for entrant in steppers:
                 entrant.saturate()
@@ -304,8 +296,29 @@ def _time_heat(
             for entrant in steppers
             if entrant.contender.backend is not None and entrant.contender.fused
         }
-        samples = _alternate(steppers, rounds, grads, fresh, venue.device, report, record.title)
-        _add_results(record, steppers, samples, written)
+        pairs = _pairs(steppers)
+        share = seconds / max(1, len(pairs)) / len(records)
+        for pair in pairs:
+            turn = sum(expected[entrant.contender.name] for entrant in pair)
+            rounds = min(pace.rounds_of(entrant.contender, turn, share) for entrant in pair)
+            samples = _alternate(pair, rounds, grads, fresh, venue.device, report, record.title)
+            _add_results(record, pair, samples, written)
+
+
+def _pairs(entrants: Sequence[Entrant]) -> list[list[Entrant]]:
+    """Return who alternates with whom: everyone with the baseline, ours with principal peers too.
+
+    Two at a time, as a user compares them: more contenders between two steps would drive from the
+    caches, for both sides, what is still there when the other one alone has stepped.
+    """
+    baseline = [entrant for entrant in entrants if entrant.contender.name == BASELINE]
+    others = [entrant for entrant in entrants if entrant not in baseline]
+    principal = [entrant for entrant in others if entrant.contender.principal]
+    ours = [entrant for entrant in principal if entrant.contender.backend is not None]
+    peers = [entrant for entrant in principal if entrant.contender.backend is None]
+    pairs = [[*baseline, other] for other in others]
+    pairs += [[peer, our] for peer in peers for our in ours]
+    return pairs or [[entrant] for entrant in baseline]
 
 
 def _untimed_step(
@@ -325,45 +338,51 @@ def _v_written(entrant: Entrant, grads: Sequence[Tensor], fresh: bool) -> float:
 
 
 def _alternate(
-    entrants: Sequence[Entrant],
-    rounds: dict[str, int],
+    pair: Sequence[Entrant],
+    rounds: int,
     grads: Sequence[Tensor],
     fresh: bool,
     device: torch.device,
     report: Report,
     title: str,
 ) -> dict[str, list[Sample]]:
-    """Let every entrant step once a round; those with fewer rounds sit out at even intervals."""
-    samples: dict[str, list[Sample]] = {entrant.contender.name: [] for entrant in entrants}
-    most = max((rounds[name] for name in samples), default=0)
-    for number in range(most):
-        for entrant in entrants:
+    """Let every entrant step once a round, after one that does not count.
+
+    That one finds in the caches what stepped before.
+    """
+    samples: dict[str, list[Sample]] = {entrant.contender.name: [] for entrant in pair}
+    for number in range(rounds + 1):
+        for entrant in pair:
             name = entrant.contender.name
-            if (number + 1) * rounds[name] // most == number * rounds[name] // most:
-                continue
-            report(f"{title}: round {number + 1} of {most}, {name}")
+            report(f"{title}: round {number} of {rounds}, {name}")
 
             def prepare(entrant: Entrant = entrant) -> None:
                 entrant.take_gradients(grads, fresh=fresh)
 
-            samples[name].append(time_step(entrant.optimizer.step, device, prepare))
+            sample = time_step(entrant.optimizer.step, device, prepare)
+            if number > 0:
+                samples[name].append(sample)
     return samples
 
 
 def _add_results(
     record: Record,
-    entrants: Sequence[Entrant],
+    pair: Sequence[Entrant],
     samples: dict[str, list[Sample]],
     written: dict[str, float],
 ) -> None:
-    """Append a result for every entrant that the record has none of yet."""
+    """Append a result for every entrant that the record has none of yet, and add its ratios."""
     wall = {name: Spread.of([s.wall for s in taken]) for name, taken in samples.items()}
     host = _spreads({name: [s.host for s in taken] for name, taken in samples.items()})
     device = _spreads({name: [s.device for s in taken] for name, taken in samples.items()})
-    known = {result.contender for result in record.results}
-    for entrant in entrants:
+    known = {result.contender: result for result in record.results}
+    for entrant in pair:
         name = entrant.contender.name
         if name in known:
+            for other, ratio in _ratios(name, wall).items():
+                known[name].times_faster_than.setdefault(other, ratio)
+            for other, ratio in _ratios(name, device).items():
+                known[name].times_faster_on_device.setdefault(other, ratio)
             continue
         changed = written.get(name)
         stores = changed if changed is not None and entrant.contender.stores_v_where_grown else 1.0
@@ -431,9 +450,9 @@ def why_no_room(
 def _heats(
     shapes: Sequence[Shape], dtype: torch.dtype, contenders: Sequence[Contender], venue: Venue
 ) -> tuple[list[list[Contender]], dict[str, str]]:
-    """Divide contenders into heats that fit into memory, the baseline in each.
+    """Divide contenders into heats that fit into memory, each with the baseline.
 
-    Slow contenders step apart from principal ones, whose tensors they would drive from the caches.
+    Principal ones share heats, as they alternate with one another.
 
     Returns:
         The heats, and why each contender is left out that does not fit beside the baseline.

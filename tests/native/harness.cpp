@@ -6,9 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
-#include <numeric>
 #include <random>
-#include <utility>
 #include <vector>
 
 #include "bucket.h"
@@ -16,10 +14,14 @@
 #include "launch_params.h"
 #include "multi_tensor.h"
 #include "owned_bucket.h"
+#include "owned_device.h"
 #include "owned_sets.h"
 #include "projection_cpu.h"
+#include "projections.h"
+#include "shuffled.h"
 #include "step.h"
 #include "storage.h"
+#include "watched_block.h"
 
 namespace {
 
@@ -36,17 +38,13 @@ enum class Command : int64_t {
   step_on_device,
   norm_cpu,
   norm_cuda,
+  watched_cpu,
+  watched_cuda,
+  watched_on_device,
   project_serially,
-  project_cpu
+  project_cpu,
+  project_cuda
 };
-
-template <typename Int>
-std::vector<Int> shuffled(Int count, std::mt19937_64& random) {
-  std::vector<Int> order(count);
-  std::iota(order.begin(), order.end(), Int(0));
-  std::shuffle(order.begin(), order.end(), random);
-  return order;
-}
 
 // Random ranges of items, in random order.
 void run_step_cpu(OwnedBucket& bucket) {
@@ -124,38 +122,97 @@ void run_on_device(OwnedBucket& bucket, std::mt19937_64& random) {
   }
 }
 
+// Threads of a block in random order, all of which read its record before one writes it.
+template <typename Key, typename Params>
+void run_watched_launch(const Params& params, int64_t block_count, std::mt19937_64& random) {
+  using T = ComputeType<typename Key::Param>;
+  const auto copy = std::make_unique<Params>(params);
+  for (const int64_t block : shuffled(block_count, random)) {
+    ItemRecord* const record = copy->record_of(block);
+    if (record == nullptr) continue;
+    auto seen = Seen<T>::nothing();
+    for (const int thread : shuffled(kCudaBlockThreads, random)) {
+      seen.add(watched_thread<Key::kSecondMoment, typename Key::Param, typename Key::Grad>(
+          *copy, block, thread, record));
+    }
+    record_block(*copy, block, seen, record);
+  }
+}
+
+// Launches like those of watched_step_cuda.cu, the large ones or those of few tensors.
+void run_watched_cuda(OwnedBucket& bucket) {
+  std::mt19937_64 random(bucket.seed);
+  dispatch(bucket.view, [&](auto key) {
+    using Key = decltype(key);
+    using T = ComputeType<typename Key::Param>;
+    using Small = SmallRecordedParams<T>;
+    LaunchSplitter<T> splitter(bucket.view, bucket.tensors.data(), bucket.items.data());
+    const auto params = std::make_unique<LargeRecordedParams<T>>();
+    params->records = bucket.view.records;
+    while (splitter.next(params.get())) {
+      if (splitter.template fits<Small>()) {
+        Small small = splitter.template shrink<Small>(*params);
+        small.records = bucket.view.records;
+        run_watched_launch<Key>(small, splitter.block_count(), random);
+      } else {
+        run_watched_launch<Key>(*params, splitter.block_count(), random);
+      }
+    }
+  });
+}
+
+// The same by scalars on the device: those of the case, a row a tensor.
+void run_watched_on_device(OwnedBucket& bucket) {
+  std::mt19937_64 random(bucket.seed);
+  dispatch(bucket.view, [&](auto key) {
+    using Key = decltype(key);
+    using T = ComputeType<typename Key::Param>;
+    const auto memory = std::make_unique<double[]>(
+        (DeviceRows<T>::bytes(bucket.view.tensor_count) + sizeof(double) - 1) / sizeof(double));
+    const auto scalars = DeviceRows<T>::at(memory.get());
+    *scalars.is_skipped = 0;
+    for (int64_t i = 0; i < bucket.view.tensor_count; ++i) {
+      scalars.rows[i] = StepScalars<T>(bucket.scalars[bucket.rows[i]]);
+    }
+    const auto run_as = [&](auto launch) {
+      GradientSplitter<T> splitter(bucket.view);
+      while (splitter.next(launch->kTensorCapacity)) {
+        splitter.fill(bucket.tensors.data(), bucket.items.data(), launch.get());
+        launch->scalars = scalars;
+        launch->records = bucket.view.records;
+        run_watched_launch<Key>(*launch, splitter.block_count(), random);
+      }
+    };
+    if (bucket.view.tensor_count <= SmallRecordedDeviceParams<T>::kTensorCapacity) {
+      run_as(std::make_unique<SmallRecordedDeviceParams<T>>());
+    } else {
+      run_as(std::make_unique<LargeRecordedDeviceParams<T>>());
+    }
+  });
+}
+
+// Steps with the records that follow, and writes them first.
+template <typename Run>
+void run_watched(OwnedBucket& bucket, Input& input, Output& output, const Run& run) {
+  std::vector<int64_t> counts(bucket.view.tensor_count);
+  for (int64_t i = 0; i < bucket.view.item_count; ++i) ++counts[bucket.items[i].tensor];
+  // Each in memory of its own, so that a record beside it traps.
+  std::vector<std::vector<ItemRecord>> records;
+  for (const int64_t count : counts) records.push_back(input.array<ItemRecord>(count));
+  std::vector<ItemRecord*> addresses;
+  for (auto& of_tensor : records) addresses.push_back(of_tensor.data());
+  bucket.view.records = addresses.data();
+  run(bucket);
+  for (const auto& of_tensor : records) output.array(of_tensor);
+  bucket.write(output);
+}
+
 // Steps by the case's first row of options and inputs, and writes what is counted.
 void run_step_on_device(OwnedBucket& bucket, Input& input, Output& output) {
   std::mt19937_64 random(bucket.seed);
-  const bool is_small = input.integer() != 0;
-  std::vector<DeviceOptions> options(input.integer());
-  std::vector<double> numbers;  // that addresses point to
-  numbers.reserve(3 * options.size());
-  for (DeviceOptions& o : options) {
-    const auto number = input.array<double>(7);
-    const auto flag = input.array<int64_t>(4);
-    o.options = {number[0], number[1], number[2],    number[3],    number[4],
-                 number[5], number[6], flag[0] != 0, flag[1] != 0, flag[2] != 0};
-    if (flag[3] == 0) continue;
-    for (auto [address, value] :
-         {std::pair{&o.lr, &o.options.lr}, std::pair{&o.beta1, &o.options.beta1},
-          std::pair{&o.beta2, &o.options.beta2}}) {
-      numbers.push_back(std::exchange(*value, -1.0));
-      *address = {&numbers.back(), true};
-    }
-  }
-  auto counts = input.array<float>(bucket.view.tensor_count);
-  const auto given = input.array<int64_t>(3);
-  const float grad_scale = input.array<float>(1)[0], found_inf = input.array<float>(1)[0];
-  const auto norms = input.array<double>(2);
-  int64_t skipped_steps = 0;
-  const DeviceScalars device{options.data(),
-                             static_cast<int64_t>(options.size()),
-                             counts.data(),
-                             {given[0] ? &grad_scale : nullptr, given[1] ? &found_inf : nullptr,
-                              given[2] ? &norms[0] : nullptr, norms[1]},
-                             &skipped_steps};
-  bucket.view.device = &device;
+  OwnedDevice device(input, bucket.view.tensor_count);
+  const bool is_small = device.is_small;
+  bucket.view.device = &device.view;
   dispatch(bucket.view, [&](auto key) {
     using Key = decltype(key);
     using T = ComputeType<typename Key::Param>;
@@ -165,8 +222,7 @@ void run_step_on_device(OwnedBucket& bucket, Input& input, Output& output) {
       run_on_device<Key, LargeDeriveParams<T>, LargeDeviceLaunchParams<T>>(bucket, random);
     }
   });
-  output.array(counts);
-  output.integer(skipped_steps);
+  device.write(output);
 }
 
 // Threads of a block in random order, which wait for one another before every level.
@@ -236,13 +292,15 @@ void run_norm_cpu(OwnedBucket& bucket, Output& output) {
   output.array(sums);
 }
 
-// Random shares of the work, in random order.
-void run_project_cpu(OwnedBucket& bucket, const OwnedSets& sets) {
+// Random shares of the work, in random order; returns how often work was shared out.
+int64_t run_project_cpu(OwnedBucket& bucket, const OwnedSets& sets) {
   std::mt19937_64 random(bucket.seed);
   ProjectedStep projected;
   projected.bind(bucket.tensors, sets.sets, kDtypePairs[bucket.view.pair].param);
+  int64_t passes = 0;
   const auto for_shares = [&](const std::vector<int64_t>& cost_before,
                               const ProjectedStep::Body& body) {
+    ++passes;
     const auto count = static_cast<int64_t>(cost_before.size()) - 1;
     std::vector<int64_t> ends{0};
     while (ends.back() < count) {
@@ -254,6 +312,7 @@ void run_project_cpu(OwnedBucket& bucket, const OwnedSets& sets) {
     }
   };
   projected.step(bucket.view, for_shares);
+  return passes;
 }
 
 template <typename Storage>
@@ -346,20 +405,37 @@ void run(Input& input, Output& output) {
       OwnedBucket bucket(input, /*for_cpu=*/false);
       return run_norm_cuda(bucket, output);
     }
+    case Command::watched_cpu: {
+      OwnedBucket bucket(input, /*for_cpu=*/true);
+      return run_watched(bucket, input, output, run_step_cpu);
+    }
+    case Command::watched_cuda: {
+      OwnedBucket bucket(input, /*for_cpu=*/false);
+      return run_watched(bucket, input, output, run_watched_cuda);
+    }
+    case Command::watched_on_device: {
+      OwnedBucket bucket(input, /*for_cpu=*/false);
+      return run_watched(bucket, input, output, run_watched_on_device);
+    }
     case Command::project_serially: {
       OwnedBucket bucket(input, /*for_cpu=*/true);
       const OwnedSets sets(input, bucket);
       step_cpu(bucket.view, 0, bucket.view.item_count);
       project_serially(bucket.view);
+      output.integer(0);
       sets.write(output);
       return bucket.write(output);
     }
     case Command::project_cpu: {
       OwnedBucket bucket(input, /*for_cpu=*/true);
       const OwnedSets sets(input, bucket);
-      run_project_cpu(bucket, sets);
+      output.integer(run_project_cpu(bucket, sets));
       sets.write(output);
       return bucket.write(output);
+    }
+    case Command::project_cuda: {
+      OwnedBucket bucket(input, /*for_cpu=*/false);
+      return run_project_cuda(bucket, input, output);
     }
   }
   fail("no such command");

@@ -1,0 +1,178 @@
+"""What watched steps keep of each parameter until it is read, and the eager backends' part in it.
+
+A record is the words of :class:`Record`, one after another in an int64 tensor; some of them are
+the bits of a float64, which holds values of the compute type as they are. A backend keeps one for
+each of a tensor's work items, the elements that it steps together. Counts, least and largest
+values are the same in whatever order they are found, and so is what all records come to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .hyperparameters import StepScalars
+from .rounding import rounded_sqrt
+
+if TYPE_CHECKING:
+    from .backends import Backend
+    from .bucket import BucketKey
+
+__all__ = ["WORDS", "Record", "WatchRecords", "record_steps"]
+
+
+class Record(NamedTuple):
+    """Statistics of some elements of one parameter; the twin of ``ItemRecord`` in C++."""
+
+    steps: Any = 0
+    """Steps watched so far. All that follows is of the last one."""
+    steps_since_growth: Any = -1
+    """Watched steps since an element's ``v`` grew; -1: none has yet."""
+    grown: Any = 0
+    """How many elements' ``v`` grew: the one that the denominator is made of."""
+    smallest_denominator: Any = math.nan
+    """Of ``d``; NaN if any of them is."""
+    largest_denominator: Any = math.nan
+    least_budget_change: Any = math.nan
+    """Least change of ``d / step_size``, or that of another item if less; infinite where no
+    element's is a number; NaN where there is none."""
+    step_size: Any = math.nan
+    budget_scale: Any = math.nan
+    """``1 / (bias2_sqrt * step_size)``; NaN for a step with a learning rate of 0."""
+    budget_offset: Any = math.nan
+    """``eps / step_size``."""
+
+
+WORDS = len(Record._fields)
+_COUNTS = 3
+"""Words that are integers; the others are float64."""
+
+
+class WatchRecords:
+    """The records of all of an optimizer's parameters, made where a step first asks for them."""
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._kept: dict[Tensor, tuple[Any, Tensor]] = {}
+        self._owners: Mapping[Tensor, Tensor] = {}
+
+    def of_copies(self, owners: Mapping[Tensor, Tensor]) -> WatchRecords:
+        """Return these records for a step of copies; ``owners`` has whose copy each is."""
+        shared = WatchRecords()
+        shared._kept = self._kept
+        shared._owners = owners
+        return shared
+
+    def of_bucket(
+        self, owners: Iterable[Tensor], numels: Sequence[int], backend: Backend, key: BucketKey
+    ) -> list[Tensor]:
+        """Return the records of parameters that ``backend`` steps in a bucket of kind ``key``.
+
+        Those of a parameter begin anew where its backend, type, device or size is another.
+
+        Args:
+            owners: the parameters.
+            numels: how many real elements of each are stepped here.
+            backend: whose work items they are of.
+            key: the bucket's.
+
+        Returns:
+            For each an int64 tensor ``[item, word]`` on the bucket's device.
+        """
+        owners = [self._owners.get(owner, owner) for owner in owners]
+        kinds = [(backend.name, key.device, key.dtypes.param, numel) for numel in numels]
+        found = [self._kept.get(owner, (None, None)) for owner in owners]
+        new = [i for i, kind in enumerate(kinds) if found[i][0] != kind]
+        if new:
+            item = backend.watched_elements(key)
+            counts = [-(-numels[i] // (item or max(numels[i], 1))) for i in new]
+            # Neighbours in memory, as the steps that write them are in time.
+            slab = _new_records(sum(counts), key.device)
+            for i, records in zip(new, slab.split(counts), strict=True):
+                self._kept[owners[i]] = (kinds[i], records)
+        return [self._kept[owner][1] for owner in owners]
+
+    def find(self, param: Tensor) -> Tensor | None:
+        """Return a parameter's records; None before its first watched step."""
+        return self._kept.get(param, (None, None))[1]
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._kept.clear()
+
+
+def _new_records(count: int, device: torch.device) -> Tensor:
+    record = torch.tensor(Record(), dtype=torch.float64, device="cpu")
+    words = torch.cat([record[:_COUNTS].to(torch.int64), record[_COUNTS:].view(torch.int64)])
+    return words.repeat(count, 1).to(device)
+
+
+def unpacked(records: Tensor) -> Record:
+    """Return the columns of records as tensors of the words' own types."""
+    counts, values = records[:, :_COUNTS], records[:, _COUNTS:]
+    return Record(*counts.unbind(1), *values.view(torch.float64).unbind(1))
+
+
+@torch.no_grad()
+def record_steps(
+    records: Sequence[Tensor],
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    rows: Sequence[StepScalars],
+    skip: Tensor | None,
+) -> None:
+    """Record what steps by eager operators came to: the formulas of ``csrc/watch.h``.
+
+    Args:
+        records: of each tensor one or, where it has no elements, none.
+        before: what each tensor's denominator was made of in the last step.
+        after: what it is made of now.
+        rows: each tensor's scalars, numbers or tensors.
+        skip: a boolean of the device: whether the step was skipped, and nothing is recorded.
+    """
+    for record, old, new, row in zip(records, before, after, rows, strict=True):
+        if old.numel() == 0:
+            continue
+        last = Record(*(word[0] for word in unpacked(record)))
+        words = _recorded(last, old.detach(), new.detach(), row)
+        fresh = torch.cat(
+            [
+                torch.stack(words[:_COUNTS]),
+                torch.stack([w.double() for w in words[_COUNTS:]]).view(torch.int64),
+            ]
+        )
+        record[0].copy_(fresh if skip is None else torch.where(skip, record[0], fresh))
+
+
+def _recorded(last: Record, before: Tensor, after: Tensor, row: StepScalars) -> Record:
+    def scalar(value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=after.dtype, device=after.device).detach()
+
+    step_size, bias2_sqrt, eps = map(scalar, (row.step_size, row.bias2_sqrt, row.eps))
+    stands = ~(step_size > 0)
+    scale = torch.where(stands, math.nan, scalar(1) / (bias2_sqrt * step_size))
+    offset = torch.where(stands, math.nan, eps / step_size)
+    last_scale, last_offset = last.budget_scale.to(after.dtype), last.budget_offset.to(after.dtype)
+    scale_change, offset_change = scale - last_scale, offset - last_offset
+
+    root, last_root = rounded_sqrt(after), rounded_sqrt(before)
+    change = (root * scale_change + offset_change) + last_scale * (root - last_root)
+    least = torch.where(change.isnan(), math.inf, change).amin()
+    d = root / bias2_sqrt + eps
+    grown = (after > before).sum()
+    since = last.steps_since_growth
+    return Record(
+        steps=last.steps + 1,
+        steps_since_growth=torch.where(grown > 0, 0, torch.where(since < 0, since, since + 1)),
+        grown=grown,
+        smallest_denominator=d.amin(),
+        largest_denominator=d.amax(),
+        least_budget_change=torch.where(scale_change.isnan(), math.nan, least),
+        step_size=step_size,
+        budget_scale=scale,
+        budget_offset=offset,
+    )

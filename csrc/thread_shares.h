@@ -1,0 +1,70 @@
+// A walk over many small objects that torch's CPU threads share, whenever each of them comes.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace adamal {
+
+// Every thread has a share, which it takes in parts, and then takes what is left of the others': a
+// thread that has to be woken first, which takes as long as some hundred members, leaves its share
+// to those that are there. In the next walk each has the same share, still in its cache.
+class ThreadShares {
+ public:
+  // Calls body(first, last) for parts of [0, count), on as many threads as have `least` each. They
+  // may read Python's objects while the caller, who waits for them, holds the GIL for all.
+  template <typename Body>
+  void walk(size_t count, size_t least, const Body& body) {
+    using Clock = std::chrono::steady_clock;
+    const size_t threads =
+        std::min<size_t>(at::get_num_threads(), std::max<size_t>(1, count / least));
+    if (walks_alone_ > 0 || threads == 1) {
+      walks_alone_ -= walks_alone_ > 0;
+      if (count > 0) body(0, count);
+      return;
+    }
+    std::vector<Share> shares(threads);
+    for (size_t i = 0; i < threads; ++i) {
+      shares[i].next = count * i / threads;
+      shares[i].end = count * (i + 1) / threads;
+    }
+    const Clock::time_point start = Clock::now();
+    at::parallel_for(0, static_cast<int64_t>(threads), 1, [&](int64_t first, int64_t last) {
+      for (int64_t own = first; own < last; ++own) {
+        for (size_t i = 0; i < threads; ++i) take(&shares[(own + i) % threads], body);
+      }
+    });
+    // All of them have to come before the caller goes on. Where the machine is busy, one comes
+    // milliseconds late: then this thread walks alone for a while.
+    if (Clock::now() - start > count * kLate) walks_alone_ = kWalksAlone;
+  }
+
+ private:
+  static constexpr size_t kPart = 128;
+  static constexpr int kWalksAlone = 64;
+  // More than one thread takes for a member, on the slowest machine seen.
+  static constexpr std::chrono::nanoseconds kLate{1000};
+
+  struct alignas(64) Share {
+    std::atomic<size_t> next;
+    size_t end;
+  };
+
+  template <typename Body>
+  static void take(Share* share, const Body& body) {
+    for (size_t first;
+         (first = share->next.fetch_add(kPart, std::memory_order_relaxed)) < share->end;) {
+      body(first, std::min(first + kPart, share->end));
+    }
+  }
+
+  int walks_alone_ = 0;  // that are still to come
+};
+
+}  // namespace adamal
