@@ -80,7 +80,7 @@ class Launcher:
         self._key = key
         self._target = None if key.device.type == "cpu" else triton_kernels.target(key.device)
         self._options = triton_kernels.launch_options(self._target)
-        self._host_tables: tuple[Tensor, Tensor, Tensor, ProjectionTables | None]
+        self._host_tables: tuple[Tensor, Tensor, Tensor, ProjectionTables | None, Tensor | None]
         self._records: Sequence[Tensor] = ()
         self._tables: _Tables | None = None
 
@@ -109,7 +109,11 @@ class Launcher:
         if self._key.coupled:
             made = projection_tables(sets, compute_dtype(self._key.dtypes.param))
             projection = made.map(self._host)
-        self._host_tables = (entries, aligned, others, projection)
+        addresses = None
+        if records:
+            found = [of_tensor.data_ptr() for of_tensor in records]
+            addresses = self._host(torch.tensor(found, dtype=torch.int64, device="cpu"))
+        self._host_tables = (entries, aligned, others, projection, addresses)
         self._records = records
         self._tables = None
 
@@ -159,7 +163,10 @@ class Launcher:
         return replace(tables) if capturing else tables
 
     def _upload_tables(self, stream: int) -> _Tables:
-        entries, aligned, others, projection = self._host_tables
+        entries, aligned, others, projection, addresses = self._host_tables
+        if self._target is not None:
+            for records in self._records:
+                records.record_stream(torch.cuda.current_stream(self._key.device))
         return _Tables(
             stream,
             self._upload(entries),
@@ -169,17 +176,8 @@ class Launcher:
                 if len(items) > 0
             ],
             None if projection is None else projection.map(self._upload),
-            self._record_addresses(),
+            None if addresses is None else self._upload(addresses),
         )
-
-    def _record_addresses(self) -> Tensor | None:
-        if not self._records:
-            return None
-        if self._target is not None:
-            for records in self._records:
-                records.record_stream(torch.cuda.current_stream(self._key.device))
-        addresses = [records.data_ptr() for records in self._records]
-        return torch.tensor(addresses, dtype=torch.int64, device=self._key.device)
 
     def _step_of(self, tables: _Tables, size: int) -> _Staged:
         step = tables.step
