@@ -347,7 +347,7 @@ bool SteadyState::check_state(PyObject* state) {
 // gradient and the state's keys, and the gradient's storage. A member is some forty cache lines,
 // more than a core fetches at a time: a few members ahead are enough.
 void SteadyState::prefetch(size_t index, size_t first, size_t end) const {
-  constexpr size_t kFarAhead = 3, kAhead = 2, kNext = 1;
+  constexpr size_t kFarAhead = 6, kAhead = 4, kNext = 2;
   // The first of a part come in one go.
   const size_t fetched = index == first ? first : std::min(index + kFarAhead, end);
   for (size_t i = fetched; i < std::min(index + kFarAhead + 1, end); ++i) prefetch_fixed(i);
