@@ -238,7 +238,7 @@ class Capture:
     def replay() -> None:
         from adamal_kernels.backends.triton_launcher import _captured
 
-        packed, (entries, aligned, others, projection), tables, staged = _captured[-1]
+        packed, (entries, aligned, others, projection), _, tables, staged = _captured[-1]
         tables.entries.copy_(entries)
         hosts = [items for items in (aligned, others) if len(items)]
         for (_, items), host in zip(tables.items, hosts, strict=True):
