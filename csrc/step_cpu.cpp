@@ -9,10 +9,11 @@ namespace adamal {
 namespace {
 
 // The divisions and the root of a vector take so long that the processor looks too few vectors
-// ahead to keep the memory busy: ask for what comes 3 KB later, a few lines at a time. Chosen by
-// measurement: a sixth faster than without where the streams come from memory.
+// ahead to keep the memory busy: ask for what comes 2 KB later, a few lines at a time, into the
+// tensor's next chunk. Chosen by measurement, with streams that come from memory: 256 and 768
+// elements are slower by 2 and 6 percent.
 constexpr int64_t kBlock = 64;
-constexpr int64_t kAhead = 768;
+constexpr int64_t kAhead = 512;
 
 template <typename Storage>
 inline void prefetch_block(const Storage* first) {
@@ -20,16 +21,17 @@ inline void prefetch_block(const Storage* first) {
   for (int64_t i = 0; i < kBlock; i += kLine) __builtin_prefetch(first + i);
 }
 
+// Steps `count` elements; `remaining`, no fewer, are left to the tensor's end.
 template <SecondMoment kSecondMoment, typename Param, typename Grad, typename T>
 ADAMAL_MULTIVERSIONED void step_span(Param* __restrict param, const Grad* __restrict grad,
                                      T* __restrict exp_avg, T* __restrict exp_avg_sq,
-                                     T* __restrict max_exp_avg_sq, int64_t count,
+                                     T* __restrict max_exp_avg_sq, int64_t count, int64_t remaining,
                                      const StepScalars<T>& shared_scalars) {
   constexpr bool kHasMax = kSecondMoment == SecondMoment::amsgrad;
   // A copy: through the reference, the stores below might change it.
   const StepScalars<T> scalars = shared_scalars;
   for (int64_t first = 0; first < count; first += kBlock) {
-    if (const int64_t later = first + kAhead; later + kBlock <= count) {
+    if (const int64_t later = first + kAhead; later + kBlock <= remaining) {
       prefetch_block(param + later);
       prefetch_block(grad + later);
       prefetch_block(exp_avg + later);
@@ -58,6 +60,7 @@ struct Span {
   T* exp_avg_sq;
   T* max_exp_avg_sq;
   int64_t count;
+  int64_t remaining;  // to the tensor's end
 
   Span(const Bucket& bucket, WorkItem item) : grad(nullptr) {
     const TensorEntry& tensor = bucket.tensors[item.tensor];
@@ -71,7 +74,8 @@ struct Span {
     max_exp_avg_sq = tensor.max_exp_avg_sq == nullptr
                          ? nullptr
                          : static_cast<T*>(tensor.max_exp_avg_sq) + offset;
-    count = std::min(kCpuChunk, tensor.numel - offset);
+    remaining = tensor.numel - offset;
+    count = std::min(kCpuChunk, remaining);
   }
 
   void prefetch_start() const {
@@ -102,7 +106,7 @@ void step_items(const Bucket& bucket, int64_t first_item, int64_t last_item) {
       scalars_row = row;
     }
     step_span<kSecondMoment>(span.param, span.grad, span.exp_avg, span.exp_avg_sq,
-                             span.max_exp_avg_sq, span.count, scalars);
+                             span.max_exp_avg_sq, span.count, span.remaining, scalars);
   }
 }
 
