@@ -11,10 +11,11 @@ namespace adamal {
 namespace {
 
 // The divisions and the root of a vector take so long that the processor looks too few vectors
-// ahead to keep the memory busy: ask for what comes 3 KB later, a few lines at a time. Chosen by
-// measurement: a sixth faster than without where the streams come from memory.
+// ahead to keep the memory busy: ask for what comes 2 KB later, a few lines at a time, into the
+// tensor's next chunk. Chosen by measurement, with streams that come from memory: 256 and 768
+// elements are slower by 2 and 6 percent.
 constexpr int64_t kBlock = 64;
-constexpr int64_t kAhead = 768;
+constexpr int64_t kAhead = 512;
 
 template <typename Storage>
 inline void prefetch_block(const Storage* first) {
@@ -22,10 +23,11 @@ inline void prefetch_block(const Storage* first) {
   for (int64_t i = 0; i < kBlock; i += kLine) __builtin_prefetch(first + i);
 }
 
+// Steps `count` elements; `remaining`, no fewer, are left to the tensor's end.
 template <SecondMoment kSecondMoment, typename Watch, typename Param, typename Grad, typename T>
 ADAMAL_MULTIVERSIONED void step_span(Param* __restrict param, const Grad* __restrict grad,
                                      T* __restrict exp_avg, T* __restrict exp_avg_sq,
-                                     T* __restrict max_exp_avg_sq, int64_t count,
+                                     T* __restrict max_exp_avg_sq, int64_t count, int64_t remaining,
                                      const StepScalars<T>& shared_scalars,
                                      const BudgetChange<T>& change, Seen<T>* seen) {
   constexpr bool kHasMax = kSecondMoment == SecondMoment::amsgrad;
@@ -33,7 +35,7 @@ ADAMAL_MULTIVERSIONED void step_span(Param* __restrict param, const Grad* __rest
   const StepScalars<T> scalars = shared_scalars;
   Watch watch(change, seen);
   for (int64_t first = 0; first < count; first += kBlock) {
-    if (const int64_t later = first + kAhead; later + kBlock <= count) {
+    if (const int64_t later = first + kAhead; later + kBlock <= remaining) {
       prefetch_block(param + later);
       prefetch_block(grad + later);
       prefetch_block(exp_avg + later);
@@ -66,6 +68,7 @@ struct Span {
   T* exp_avg_sq;
   T* max_exp_avg_sq;
   int64_t count;
+  int64_t remaining;  // to the tensor's end
 
   Span(const Bucket& bucket, WorkItem item) : grad(nullptr) {
     const TensorEntry& tensor = bucket.tensors[item.tensor];
@@ -79,7 +82,8 @@ struct Span {
     max_exp_avg_sq = tensor.max_exp_avg_sq == nullptr
                          ? nullptr
                          : static_cast<T*>(tensor.max_exp_avg_sq) + offset;
-    count = std::min(kCpuChunk, tensor.numel - offset);
+    remaining = tensor.numel - offset;
+    count = std::min(kCpuChunk, remaining);
   }
 
   // Of the tensor's first item: moves on to elements [first, first + elements) of the tensor.
@@ -90,6 +94,7 @@ struct Span {
     exp_avg_sq += first;
     if (max_exp_avg_sq != nullptr) max_exp_avg_sq += first;
     count = elements;
+    remaining -= first;
   }
 
   void prefetch_start() const {
@@ -124,7 +129,8 @@ void step_items(const Bucket& bucket, int64_t first_item, int64_t last_item) {
     }
     const auto step_with = [&](const BudgetChange<T>& change) {
       step_span<kSecondMoment, Watch>(span.param, span.grad, span.exp_avg, span.exp_avg_sq,
-                                      span.max_exp_avg_sq, span.count, scalars, change, &seen);
+                                      span.max_exp_avg_sq, span.count, span.remaining, scalars,
+                                      change, &seen);
     };
     if constexpr (kWatched) {
       ItemRecord* const record = bucket.records[item.tensor] + item.chunk;
@@ -167,8 +173,8 @@ void step_elements_cpu(const Bucket& bucket, uint32_t tensor, int64_t first, int
     span.move_to(first, count);
     step_span<Kernel::kSecondMoment, Unwatched<T>>(
         span.param, span.grad, span.exp_avg, span.exp_avg_sq, span.max_exp_avg_sq, span.count,
-        StepScalars<T>(bucket.scalars[bucket.rows[tensor]]), BudgetChange<T>({}, {}),
-        static_cast<Seen<T>*>(nullptr));
+        span.remaining, StepScalars<T>(bucket.scalars[bucket.rows[tensor]]),
+        BudgetChange<T>({}, {}), static_cast<Seen<T>*>(nullptr));
   });
 }
 
