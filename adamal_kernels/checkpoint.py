@@ -183,6 +183,13 @@ def _merge_values(param: Tensor, values: Any, where: str) -> dict[str, Any]:
 def _merge_value(param: Tensor, name: str, value: Any, where: str) -> Any:
     if name == "step":
         return torch.tensor(read_step(value, where), dtype=torch.float32, device="cpu")
+    if name == "multiplier" and (
+        not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta
+    ):
+        raise ValueError(
+            f"load_state_dict: multiplier of {where} must be a floating-point tensor with values, "
+            f"got {value!r}; delete it from the checkpoint to start anew"
+        )
     if name not in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         return value.clone() if isinstance(value, Tensor) else value
     kind = "complex" if param.is_complex() else "floating-point"

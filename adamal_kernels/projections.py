@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -95,7 +96,7 @@ class Box(Projection):
         """Check the bounds and store them as floats, without negative zeros."""
         for name in ("lo", "hi"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(
                     f"Box: {name} must be a number, got {value!r} ({type(value).__name__}); "
                     "bounds that differ by element are not supported"
@@ -187,7 +188,10 @@ class CoupledSet(Projection):
     float64 multiplier a row, which ``optimizer.state[p]["multiplier"]`` keeps for the next step to
     start from. ``y`` is the stepped parameter as it is stored; a row that lies in the set, to a
     unit in the last place of the parameter's type, is left as it is, and so is one that has a NaN
-    or an infinity. Where ``d`` is 0, an element counts as one of a very small ``d``.
+    or an infinity, or whose sums overflow float64. What is left of an element is exact to the
+    rounding of ``y`` in float64: of elements 1e16 times as large as a simplex or an L1 ball nothing
+    is, and the row becomes 0, which the next step projects. Where ``d`` is 0, an element counts as
+    one of a very small ``d``.
 
     A parameter that starts outside of the set is projected in its first step.
     """
@@ -257,7 +261,7 @@ class CoupledSet(Projection):
     def _check_fields(self, name: str) -> None:
         """Check the size, a field called ``name``, and ``dim``, and store what they mean."""
         cls, value = type(self).__name__, getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{cls}: {name} must be a number, got {value!r}")
         try:
             number = float(value)
@@ -265,7 +269,7 @@ class CoupledSet(Projection):
             number = math.inf
         if not 0 < number < math.inf:
             raise ValueError(
-                f"{cls}: {name} must be finite and > 0, got {value!r}; for no set at all, "
+                f"{cls}: {name} must be finite and > 0, got {number!r}; for no set at all, "
                 "projection=None"
             )
         object.__setattr__(self, name, number)
@@ -273,12 +277,14 @@ class CoupledSet(Projection):
         if isinstance(dim, (tuple, list)) and len(dim) == 0:
             raise ValueError(f"{cls}: dim={dim!r} names no dimension; None is the whole tensor")
         for d in dim if isinstance(dim, (tuple, list)) else (dim,):
-            if isinstance(d, bool) or not isinstance(d, (int, type(None))):
+            if isinstance(d, bool) or not isinstance(d, (Integral, type(None))):
                 raise TypeError(f"{cls}: dim must be an int, a tuple of them or None, got {dim!r}")
         if isinstance(dim, (tuple, list)):
             if None in dim:
                 raise TypeError(f"{cls}: dim must be an int, a tuple of them or None, got {dim!r}")
-            object.__setattr__(self, "dim", tuple(dim))
+            object.__setattr__(self, "dim", tuple(map(int, dim)))
+        elif dim is not None:
+            object.__setattr__(self, "dim", int(dim))
 
 
 @dataclass(frozen=True)
@@ -405,8 +411,13 @@ class Simplex(CoupledSet):
         """See :meth:`CoupledSet.bounds`.
 
         Raises:
-            ValueError: ``dtype`` does not reach the total.
+            ValueError: ``dtype`` does not reach the total, or rounds it to 0.
         """
+        if torch.tensor(self.total, dtype=torch.float64, device="cpu").to(dtype) == 0:
+            raise ValueError(
+                f"projection: {self} holds no {dtype} number (its total is rounded to 0); use a "
+                "larger total or a wider parameter type"
+            )
         if self.total > torch.finfo(dtype).max:
             raise ValueError(
                 f"projection: {self} holds no {dtype} number (the largest is "

@@ -104,10 +104,14 @@ def bind(
             state[param]["step"] = step
     kept: list[list[Tensor]] = [[] for _ in places]
     if records is not None:
-        kept = [
-            records.of_bucket(stepped, [_real_numel(p) for p in stepped], backends[name], key)
+        watched = [
+            (stepped, [_real_numel(p) for p in stepped], backends[name], key)
             for (name, key), stepped in zip(places, params, strict=True)
         ]
+        # Of a parameter that was cast, and not stepped since, what was seen stays to be read.
+        if any(records.would_forget(*of_plan) for of_plan in watched):
+            return None
+        kept = [records.of_bucket(*of_plan) for of_plan in watched]
     return steady if steady.bind(state, kept) else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from .distributed import local_part, splits_rows
 from .dtypes import compute_dtype
 from .entries import MULTIPLIER, real_dtype
-from .projections import CoupledSet
+from .projections import CoupledSet, is_known_set
 from .watch_records import WORDS, Record, WatchRecords, unpacked
 
 if TYPE_CHECKING:
@@ -99,6 +100,9 @@ class Watch:
         """Return the statistics of each of the optimizer's parameters, in the groups' order.
 
         Waits for the devices. Reads each parameter that has a set once, for its boundary.
+
+        Raises:
+            TypeError: a group's projection has been set to what is no set.
         """
         groups = self._optimizer.param_groups
         params = [param for group in groups for param in group["params"]]
@@ -116,10 +120,11 @@ class Watch:
         headings = ("parameter", "elements", "step", "v grew", "last grew", "smallest step")
         for heading in (*headings, "largest step", "least Γ", "on boundary"):
             table.add_column(heading, justify="left" if heading == "parameter" else "right")
-        for name, s in zip(self._names(), self.read().values(), strict=False):
+        names = self._names()
+        for param, s in self.read().items():
             since = "" if s.steps_since_growth is None else f"{s.steps_since_growth} ago"
             table.add_row(
-                name,
+                Text(names[param], overflow="fold"),
                 f"{s.numel}",
                 f"{s.step}",
                 _cell(s.grown_fraction, ".1%"),
@@ -139,11 +144,13 @@ class Watch:
         console.print(self.table())
         return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
 
-    def _names(self) -> Iterator[str]:
+    def _names(self) -> dict[Tensor, str]:
+        found: dict[Tensor, str] = {}
         for g, group in enumerate(self._optimizer.param_groups):
             names = group.get("param_names")
-            for i in range(len(group["params"])):
-                yield names[i] if names else f"params[{i}] of group {g}"
+            for i, param in enumerate(group["params"]):
+                found.setdefault(param, names[i] if names else f"params[{i}] of group {g}")
+        return found
 
     def _records_on_host(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
         found = {p: r for p in params if (r := self._records.find(p)) is not None}
@@ -151,7 +158,11 @@ class Watch:
 
     def _steps(self, params: Sequence[Tensor]) -> dict[Tensor, int]:
         state = self._optimizer.state
-        counts = {p: state[p]["step"].reshape(1) for p in params if "step" in state.get(p, {})}
+        counts = {
+            p: torch.as_tensor(state[p]["step"]).reshape(1)
+            for p in params
+            if "step" in state.get(p, {})
+        }
         return {param: int(count.item()) for param, count in _on_host(counts).items()}
 
 
@@ -183,6 +194,10 @@ def _boundary_fractions(
             if group["projection"] is None or part.numel() == 0:
                 continue
             projection, multiplier = group["projection"], None
+            if not is_known_set(projection):
+                raise TypeError(
+                    f"projection must be a set such as Box(-1, 1), or None, got {projection!r}"
+                )
             if isinstance(projection, CoupledSet) and splits_rows(
                 param, projection.reduced_dims(param.dim())
             ):

@@ -84,7 +84,7 @@ class WatchRecords:
             For each an int64 tensor ``[item, word]`` on the bucket's device.
         """
         owners = [self._owners.get(owner, owner) for owner in owners]
-        kinds = [(backend.name, key.device, key.dtypes.param, numel) for numel in numels]
+        kinds = [_kind_of(backend, key, numel) for numel in numels]
         found = [self._kept.get(owner, (None, None)) for owner in owners]
         new = [i for i, kind in enumerate(kinds) if found[i][0] != kind]
         if new:
@@ -96,6 +96,16 @@ class WatchRecords:
                 self._kept[owners[i]] = (kinds[i], records)
         return [self._kept[owner][1] for owner in owners]
 
+    def would_forget(
+        self, owners: Sequence[Tensor], numels: Sequence[int], backend: Backend, key: BucketKey
+    ) -> bool:
+        """Whether :meth:`of_bucket` of the same would begin some parameter's statistics anew."""
+        for owner, numel in zip(owners, numels, strict=True):
+            kind = self._kept.get(self._owners.get(owner, owner), (None, None))[0]
+            if kind is not None and kind != _kind_of(backend, key, numel):
+                return True
+        return False
+
     def find(self, param: Tensor) -> Tensor | None:
         """Return a parameter's records; None before its first watched step."""
         return self._kept.get(param, (None, None))[1]
@@ -103,6 +113,10 @@ class WatchRecords:
     def clear(self) -> None:
         """Begin anew."""
         self._kept.clear()
+
+
+def _kind_of(backend: Backend, key: BucketKey, numel: int) -> tuple[Any, ...]:
+    return backend.name, key.device, key.dtypes.param, numel
 
 
 def _new_records(count: int, device: torch.device) -> Tensor:

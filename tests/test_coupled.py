@@ -412,6 +412,20 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"70000.*float16.*65504"):
             AdamAL([param], projection=Simplex(70000))
 
+    def test_a_total_that_the_type_rounds_to_0(self) -> None:
+        param = torch.zeros(3, dtype=torch.float16, requires_grad=True)
+        with pytest.raises(ValueError, match=r"1e-08.*float16.*larger total"):
+            AdamAL([param], projection=Simplex(1e-8))
+
+    @pytest.mark.parametrize("value", ["no tensor", torch.zeros(6, dtype=torch.int64)], ids=repr)
+    def test_a_checkpoint_whose_multiplier_is_none(self, value: Any) -> None:
+        place = Place(torch.device("cpu"), "reference")
+        _, _, optimizer = run(place, "rows", L2Ball(0.7, dim=1), torch.float32)
+        saved = optimizer.state_dict()
+        saved["state"][0] = {**saved["state"][0], "multiplier": value}
+        with refused(optimizer, ValueError, "multiplier of parameter 0", "floating-point"):
+            optimizer.load_state_dict(saved)
+
     def test_complex_parameters(self) -> None:
         param = torch.zeros(3, dtype=torch.complex64, requires_grad=True)
         with pytest.raises(TypeError, match=r"complex64.*L2Ball"):

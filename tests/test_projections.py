@@ -207,3 +207,9 @@ def test_from_dict_refuses(saved: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ValueError, match="projection") as caught:
         projection_from_dict(saved)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_numpy_s_numbers_are_numbers() -> None:
+    assert L2Ball(np.float32(2.0), dim=np.int64(1)) == L2Ball(2.0, dim=1)
+    assert type(L2Ball(1.0, dim=(np.int64(0),)).dim[0]) is int
+    assert Box(np.float32(0), np.int64(1)) == Box(0, 1)

@@ -460,3 +460,39 @@ def test_off_no_records_are_asked_for(place: Place, monkeypatch: pytest.MonkeyPa
         run.step()
     monkeypatch.setattr(Plan, "_append_records", fail)
     run.step(3)
+
+
+def test_a_parameter_cast_and_not_stepped_keeps_what_was_seen(place: Place) -> None:
+    params = [torch.ones(3, device=place.device).requires_grad_() for _ in range(2)]
+    optimizer = AdamAL(params, backend=place.backend)
+    watch = optimizer.watch()
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    before = watch.read()[params[0]]
+    params[0].grad = None
+    params[0].data = params[0].data.double()
+    for _ in range(2):
+        params[1].grad = torch.ones_like(params[1])
+        optimizer.step()
+    assert watch.read()[params[0]] == before
+    assert watch.read()[params[1]].watched_steps == 4
+
+
+def test_the_table_names_each_parameter_once_and_as_it_is_called() -> None:
+    params = [(f"layer{'x' * 80}{i}[/]", torch.ones(2).requires_grad_()) for i in range(2)]
+    with pytest.warns(UserWarning, match="duplicate"):
+        optimizer = AdamAL([{"params": [*params, ("again", params[0][1])]}])
+    watch = optimizer.watch()
+    printed = str(watch)
+    assert "1[/]" in printed.replace("\n", "")
+    assert "again" not in printed
+
+
+def test_reading_what_is_no_set_says_so() -> None:
+    optimizer = AdamAL([torch.ones(2).requires_grad_()])
+    watch = optimizer.watch()
+    optimizer.param_groups[0]["projection"] = "ball"
+    with pytest.raises(TypeError, match=r"projection must be a set.*'ball'"):
+        watch.read()
