@@ -238,7 +238,8 @@ class Capture:
     def replay() -> None:
         from adamal_kernels.backends.triton_launcher import _captured
 
-        packed, (entries, aligned, others, projection), _, tables, staged = _captured[-1]
+        packed, host_tables, _, tables, staged = _captured[-1]
+        entries, aligned, others, projection, records = host_tables
         tables.entries.copy_(entries)
         hosts = [items for items in (aligned, others) if len(items)]
         for (_, items), host in zip(tables.items, hosts, strict=True):
@@ -247,6 +248,8 @@ class Capture:
             for table, host in zip(tables.projection, projection, strict=True):
                 for made, original in zip(table, host, strict=True):
                     made.copy_(original)
+        if records is not None:
+            tables.records.copy_(records)
         staged.buffer[: len(packed)].copy_(packed)
         for launch in staged.launches:
             launch(0)
