@@ -447,8 +447,8 @@ def test_records_of_another_kind_are_refused() -> None:
     good = torch.zeros(2, WORDS, dtype=torch.int64)
     for bad in (good[:1], good.float(), good[:, ::2], torch.zeros(3, WORDS, dtype=torch.int64)):
         with pytest.raises(RuntimeError, match="records must be int64"):
-            plan.bind(tensors, tensors, tensors, [], [bad])
-    plan.bind(tensors, tensors, tensors, [], [good])
+            plan.bind(tensors, tensors, tensors, [], [], [], [bad])
+    plan.bind(tensors, tensors, tensors, [], [], [], [good])
 
 
 def test_off_no_records_are_asked_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
