@@ -288,7 +288,24 @@ class CoupledSet(Projection):
 
 
 @dataclass(frozen=True)
-class L2Ball(CoupledSet):
+class _Ball(CoupledSet):
+    """What the two balls share."""
+
+    radius: float
+    dim: int | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the radius and ``dim``."""
+        self._check_fields("radius")
+
+    @property
+    def size(self) -> float:
+        """The radius."""
+        return self.radius
+
+
+@dataclass(frozen=True)
+class L2Ball(_Ball):
     """All points with ``sqrt(sum(x_i**2)) <= radius`` in every row: a max-norm constraint.
 
     Outside, the nearest point is ``x_i = d_i * y_i / (d_i + m)``, with the multiplier ``m > 0`` at
@@ -316,22 +333,11 @@ class L2Ball(CoupledSet):
                 [0.3000, 0.4000]])
     """
 
-    radius: float
-    dim: int | tuple[int, ...] | None = None
     kind: ClassVar[int] = 0
-
-    def __post_init__(self) -> None:
-        """Check the radius and ``dim``."""
-        self._check_fields("radius")
-
-    @property
-    def size(self) -> float:
-        """The radius."""
-        return self.radius
 
 
 @dataclass(frozen=True)
-class L1Ball(CoupledSet):
+class L1Ball(_Ball):
     """All points with ``sum(abs(x_i)) <= radius`` in every row: sparse ones where it is active.
 
     Outside, the nearest point is ``x_i = sign(y_i) * max(0, abs(y_i) - m / d_i)``, with the
@@ -354,18 +360,7 @@ class L1Ball(CoupledSet):
         tensor([ 1.5000, -0.5000,  0.0000])
     """
 
-    radius: float
-    dim: int | tuple[int, ...] | None = None
     kind: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        """Check the radius and ``dim``."""
-        self._check_fields("radius")
-
-    @property
-    def size(self) -> float:
-        """The radius."""
-        return self.radius
 
 
 @dataclass(frozen=True)

@@ -347,10 +347,9 @@ def test_steps_in_backward(place: Place) -> None:
     assert_alike(runs[0], watches[0], runs[1], watches[1])
 
 
-def test_differentiable_steps(place: Place) -> None:
-    if place.backend != "reference":
-        pytest.skip("only reference differentiates")
-    leaf = torch.tensor([1.0, 2.0], device=place.device, requires_grad=True)
+@pytest.mark.parametrize("device", DEVICES)
+def test_differentiable_steps(device: torch.device) -> None:
+    leaf = torch.tensor([1.0, 2.0], device=device, requires_grad=True)
     p = leaf.clone()
     optimizer = AdamAL([p], lr=0.5, differentiable=True)
     watch = optimizer.watch()
