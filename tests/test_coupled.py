@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support import Place, refused
 from torch import Tensor
 
-from adamal_kernels import Adam, AdamAL, L1Ball, L2Ball, Simplex
+from adamal_kernels import Adam, AdamAL, L1Ball, L2Ball, Simplex, coupled
 from adamal_kernels.coupled import coupled_rows, inside_tolerance, multiplier_strides, project_rows
 from adamal_kernels.dtypes import compute_dtype
 from adamal_kernels.gradient_norm import chunk_elements
@@ -549,3 +549,35 @@ def test_a_search_in_an_infinite_metric_ends(place: Place, cls: type[CoupledSet]
     param.grad = torch.full_like(param, 1e30)
     optimizer.step()
     assert same_bits(param.detach().cpu(), values)
+
+
+def test_a_search_starts_where_the_last_one_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a checkpoint was loaded, and not where another set has other rows."""
+    starts: list[Tensor] = []
+
+    def recorded(y: Tensor, d: Tensor, last: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+        starts.append(last.clone())
+        return project_rows(y, d, last, *more)
+
+    monkeypatch.setattr(coupled, "project_rows", recorded)
+    place = Place(torch.device("cpu"), "reference")
+    param, held, optimizer = run(place, "rows", L2Ball(0.7, dim=1), torch.float32, steps=1)
+    (group,) = optimizer.param_groups
+    first = held["multiplier"].flatten().clone()
+    assert (first > 0).all()
+
+    def step(stepped: Adam) -> None:
+        (stepped_param,) = stepped.param_groups[0]["params"]
+        stepped_param.grad = torch.ones_like(stepped_param)
+        stepped.step()
+
+    saved = copy.deepcopy(optimizer.state_dict())
+    step(optimizer)
+    resumed = AdamAL([param.clone().requires_grad_()], backend="reference")
+    resumed.load_state_dict(saved)
+    step(resumed)
+    group["projection"] = L2Ball(0.7, dim=0)
+    step(optimizer)
+    expected = [torch.zeros(6), first, first, torch.zeros(7)]
+    assert all(map(same_bits, starts, [start.double() for start in expected]))
+    assert len(starts) == len(expected)
