@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from adamal_kernels import AdamAL, L1Ball, L2Ball, Simplex
+from adamal_kernels import Adam, AdamAL, L1Ball, L2Ball, Simplex
 from adamal_kernels.distributed import splits_rows
 from adamal_kernels.verify import different_values, same_bits
 
@@ -69,6 +69,21 @@ def rows_spread_over_processes(world: World) -> None:
 
 
 @case
+def rows_of_amsgrad_spread_over_processes(world: World) -> None:
+    """Their metric is that of the maximum, which the second moment falls away from."""
+    twin = Twin(
+        parameters(world.mesh()),
+        Adam,
+        lr=0.3,
+        betas=(0.9, 0.1),
+        amsgrad=True,
+        projection=L2Ball(0.7),
+    )
+    twin.step(4)
+    assert_same_points(twin)
+
+
+@case
 def rows_on_a_mesh_of_two_dimensions(world: World) -> None:
     mesh = world.mesh(1, world.size)
     torch.manual_seed(0)
@@ -100,7 +115,7 @@ def models_in_coupled_sets(world: World) -> None:
 
 @case
 def coupled_capturable_and_skipped(world: World) -> None:
-    """Counts on the device, and a first step that is skipped: it projects nothing."""
+    """Counts on the device, and steps that are skipped, the first and a later: none projects."""
     twin = Twin(
         parameters(world.mesh()),
         lr=0.3,
@@ -108,19 +123,23 @@ def coupled_capturable_and_skipped(world: World) -> None:
         capturable=True,
         max_grad_norm=1e3,
     )
-    before = values_of(twin.optimizer, twin.params)
-    twin.set_gradients()
-    for optimizer in (twin.optimizer, twin.reference):
-        first: Tensor = optimizer.param_groups[0]["params"][0]
+    for skipped in (1, 2):
         with torch.no_grad():
-            first.grad.mul_(float("inf"))
-        optimizer.step()
-    assert twin.optimizer.skipped_steps == 1
-    after = values_of(twin.optimizer, twin.params)
-    assert all(same_bits(a["param"], b["param"]) for a, b in zip(after, before, strict=True))
-    twin.step(2)
-    for param in twin.params:
-        assert abs(whole(param).sum().item() - 1) < 1e-5
+            for param in (*twin.params, *twin.wholes):
+                param.add_(1)  # Out of the set.
+        before = values_of(twin.optimizer, twin.params)
+        twin.set_gradients()
+        for optimizer in (twin.optimizer, twin.reference):
+            first: Tensor = optimizer.param_groups[0]["params"][0]
+            with torch.no_grad():
+                first.grad.mul_(float("inf"))
+            optimizer.step()
+        assert twin.optimizer.skipped_steps == skipped
+        after = values_of(twin.optimizer, twin.params)
+        assert all(same_bits(a["param"], b["param"]) for a, b in zip(after, before, strict=True))
+        twin.step(2)
+        for param in twin.params:
+            assert abs(whole(param).sum().item() - 1) < 1e-5
 
 
 @case
