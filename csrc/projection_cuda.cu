@@ -7,7 +7,7 @@
 
 #include "device_guard.h"
 #include "launch_params.h"
-#include "projection_blocks.h"
+#include "projection_launches.h"
 #include "scalars_cuda.h"
 #include "set_tables.h"
 #include "step.h"

@@ -11,7 +11,7 @@
 #include "launch_params.h"
 #include "owned_device.h"
 #include "owned_sets.h"
-#include "projection_blocks.h"
+#include "projection_launches.h"
 #include "set_tables.h"
 #include "shuffled.h"
 
