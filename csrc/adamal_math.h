@@ -55,6 +55,11 @@ struct StepScalars {
         grad_factor(static_cast<T>(other.grad_factor)),
         lower(static_cast<T>(other.lower)),
         upper(static_cast<T>(other.upper)) {}
+
+  // Whether a step by these may divide 0 by 0 or leave the bounds.
+  ADAMAL_HD bool need_guards() const {
+    return !(eps > T(0) && lower == -T(INFINITY) && upper == T(INFINITY));
+  }
 };
 
 inline constexpr int kStepScalarCount = 11;
@@ -69,7 +74,8 @@ struct Element {
   T max_exp_avg_sq;  // amsgrad only
 };
 
-template <SecondMoment kSecondMoment, typename T>
+// kGuarded may be false for scalars that need no guards, which then would change nothing.
+template <SecondMoment kSecondMoment, bool kGuarded = true, typename T>
 ADAMAL_HD inline Element<T> step_element(Element<T> e, T grad, const StepScalars<T>& s) {
   using std::sqrt;
   T g = s.grad_factor * grad;
@@ -94,8 +100,9 @@ ADAMAL_HD inline Element<T> step_element(Element<T> e, T grad, const StepScalars
 
   const T d = sqrt(denominator_sq) / s.bias2_sqrt + s.eps;
   // Where moments and eps are all 0 the parameter stays.
-  const T quotient = (d == T(0) && m == T(0)) ? T(0) : m / d;
+  const T quotient = (kGuarded && d == T(0) && m == T(0)) ? T(0) : m / d;
   const T stepped = p - s.step_size * quotient;
+  if (!kGuarded) return {stepped, m, v, denominator_sq};
   // Ternaries, not fmin and fmax: NaN passes.
   const T clamped = stepped < s.lower ? s.lower : (stepped > s.upper ? s.upper : stepped);
   return {clamped, m, v, denominator_sq};

@@ -15,6 +15,8 @@ namespace {
 // A thread's least share, about 0.1 ms: less is done before another thread, on a busy machine, has
 // so much as begun.
 constexpr int64_t kParallelElements = 262144;
+// More than a thread's part of any cache: of float32, 16 MB with gradients and moments.
+constexpr int64_t kCachedElements = 1 << 20;
 // What a work item costs besides its elements, in elements: look-ups and the loop's ends.
 constexpr int64_t kItemOverhead = 64;
 
@@ -154,7 +156,8 @@ void CpuPlan::launch(const Bucket& bucket) {
   launch_by_rows(by_rows);
 }
 
-void CpuPlan::launch_by_rows(const Bucket& bucket) {
+void CpuPlan::launch_by_rows(Bucket bucket) {
+  bucket.exceeds_caches = cost_before_.back() > kCachedElements * at::get_num_threads();
   const auto step_items = [&] {
     for_shares(cost_before_, [&](int64_t first, int64_t last) { step_cpu(bucket, first, last); });
   };

@@ -87,7 +87,7 @@ class CpuPlan : public Plan {
   bool can_project() const override { return true; }
   void on_bound() override;
   void launch(const Bucket& bucket) override;
-  void launch_by_rows(const Bucket& bucket);
+  void launch_by_rows(Bucket bucket);
   at::Tensor launch_squared_norm(const Bucket& bucket) override;
 
   std::vector<int64_t> cost_before_;  // of item i: that of all items before it

@@ -161,7 +161,7 @@ DECAYS: tuple[dict[str, Any], ...] = (
     {"weight_decay": 0.1},
     {"weight_decay": 0.1, "decoupled": True},
 )
-BOXES = ((-math.inf, math.inf), (-0.25, 0.5))
+BOXES = ((-math.inf, math.inf), (-0.25, 0.5), (-math.inf, 0.5), (-0.25, math.inf))
 
 
 def make_scalars(

@@ -229,8 +229,20 @@ NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
         formula,
     ),
     "zero is divided by zero": (
-        Fault(MATH, "(d == T(0) && m == T(0)) ? T(0) : m / d", "m / d"),
+        Fault(MATH, "(kGuarded && d == T(0) && m == T(0)) ? T(0) : m / d", "m / d"),
         zero_over_zero,
+    ),
+    "a step without eps is not guarded": (
+        Fault(MATH, "!(eps > T(0) &&", "!(eps >= T(0) &&"),
+        zero_over_zero,
+    ),
+    "a lower bound alone is not guarded": (
+        Fault(MATH, " && lower == -T(INFINITY)", ""),
+        formula,
+    ),
+    "an upper bound alone is not guarded": (
+        Fault(MATH, " && upper == T(INFINITY)", ""),
+        formula,
     ),
     "no bias correction of v": (
         Fault(MATH, "sqrt(1.0 - beta_power(options.beta2, step))", "1.0"),
