@@ -53,7 +53,6 @@ ADAMAL_MULTIVERSIONED void step_elements(Param* __restrict param, const Grad* __
       if constexpr (kHasMax) prefetch_block(max_exp_avg_sq + later, exceeds_caches);
     }
     const int64_t last = std::min(first + kBlock, count);
-    watch.begin_block(last - first);
     for (int64_t i = first; i < last; ++i) {
       Element<T> e{decode(param[i]), exp_avg[i], exp_avg_sq[i], T(0)};
       if constexpr (kHasMax) e.max_exp_avg_sq = max_exp_avg_sq[i];
@@ -133,13 +132,16 @@ void step_items(const Bucket& bucket, int64_t first_item, int64_t last_item) {
   // Small tensors lie anywhere: the next ones are fetched while these are stepped.
   constexpr int64_t kItemsAhead = 8;
   StepScalars<T> scalars;
+  Budget<T> now{};
   int64_t scalars_row = -1;
   using Watch = std::conditional_t<kWatched, Watched<kSecondMoment, kBlock, T>, Unwatched<T>>;
   Seen<T> seen = Seen<T>::nothing();
   int64_t seen_tensor = -1;
   for (int64_t i = first_item; i < last_item; ++i) {
     if (i + kItemsAhead < last_item) {
-      Span<Param, Grad, T>(bucket, bucket.items[i + kItemsAhead]).prefetch_start();
+      const WorkItem ahead = bucket.items[i + kItemsAhead];
+      Span<Param, Grad, T>(bucket, ahead).prefetch_start();
+      if constexpr (kWatched) __builtin_prefetch(bucket.records[ahead.tensor] + ahead.chunk, 1);
     }
     const WorkItem item = bucket.items[i];
     const Span<Param, Grad, T> span(bucket, item);
@@ -147,13 +149,13 @@ void step_items(const Bucket& bucket, int64_t first_item, int64_t last_item) {
     if (const uint32_t row = bucket.rows[item.tensor]; row != scalars_row) {
       scalars = StepScalars<T>(bucket.scalars[row]);
       scalars_row = row;
+      if constexpr (kWatched) now = Budget<T>::of(scalars);
     }
     const auto step_with = [&](const BudgetChange<T>& change) {
       step_span<kSecondMoment, Watch>(span, bucket.exceeds_caches, scalars, change, &seen);
     };
     if constexpr (kWatched) {
       ItemRecord* const record = bucket.records[item.tensor] + item.chunk;
-      const auto now = Budget<T>::of(scalars);
       // Of a tensor's items it is the least change that counts: the next ones look for less only.
       const T least = item.tensor == seen_tensor ? seen.least_change : T(INFINITY);
       seen = Seen<T>::nothing();

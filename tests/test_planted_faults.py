@@ -131,8 +131,8 @@ NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
     "the budget's least change is looked for too seldom": (
         Fault(
             "csrc/watch_cpu.h",
-            "if (seen.least_change < seen_->least_change) {",
-            "if (seen.least_change < seen_->least_change && earlier == 0) {",
+            "(grown > 0 && seen.least_change < seen_->least_change)",
+            "(grown > 1 && seen.least_change < seen_->least_change)",
         ),
         watched_steps,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -144,6 +145,19 @@ def test_records_of_every_type_and_of_extremes(harness: Harness, command: Comman
         for second_moment in SecondMoment
     ]
     check_steps(harness, command, cases, [make_scalars(), make_scalars(step=4, eps=0.0)])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("large", [math.inf, math.nan])
+def test_a_v_that_stands_still_beside_one_that_is_not_finite(
+    harness: Harness, command: Command, large: float
+) -> None:
+    case = made(0, SecondMoment.MONOTONE, extreme=False)
+    for tensor in case.tensors:
+        tensor.exp_avg_sq[:] = np.linspace(1e6, 2e6, tensor.exp_avg_sq.size)
+        tensor.exp_avg_sq[tensor.exp_avg_sq.size // 2 :][:1] = large
+    # A budget that falls, the more so the larger v is.
+    check_steps(harness, command, [case], [make_scalars(step=1), make_scalars(step=2, lr=0.4)])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
