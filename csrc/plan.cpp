@@ -157,7 +157,9 @@ void CpuPlan::launch(const Bucket& bucket) {
 }
 
 void CpuPlan::launch_by_rows(Bucket bucket) {
-  bucket.exceeds_caches = cost_before_.back() > kCachedElements * at::get_num_threads();
+  // A projection reads again what the step has just written.
+  bucket.exceeds_caches = bucket.sets == nullptr &&
+                          cost_before_.back() > kCachedElements * at::get_num_threads();
   const auto step_items = [&] {
     for_shares(cost_before_, [&](int64_t first, int64_t last) { step_cpu(bucket, first, last); });
   };

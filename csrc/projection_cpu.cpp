@@ -4,10 +4,9 @@
 #include <memory>
 #include <type_traits>
 
-#include "multiversioned.h"
+#include "set_loops_cpu.h"
 #include "step.h"
 #include "storage.h"
-#include "tree_sum.h"
 
 namespace adamal {
 namespace {
@@ -16,111 +15,11 @@ namespace {
 constexpr int64_t kPieceOverhead = 64;
 // Scattered rows that are neighbours share cache lines: of float32, this many a line.
 constexpr int32_t kMostRows = 16;
-// Elements whose values and metric a thread holds at once: half a megabyte, within the L2 cache.
-constexpr int64_t kTileElements = 32768;
+// Elements whose values and metric a thread holds at once: two megabytes, of the last cache. What
+// does not fit is gathered anew for every evaluation, which for columns takes far longer: each of
+// their lines is on a page of its own.
+constexpr int64_t kTileElements = 131072;
 static_assert(kTileElements / kMostRows >= kNormChunk<float> && kTileElements >= kCpuChunk);
-
-template <SetKind kKind>
-using KindConstant = std::integral_constant<SetKind, kKind>;
-
-template <typename Call>
-auto with_kind(SetKind kind, Call&& call) {
-  switch (kind) {
-    case SetKind::l2_ball:
-      return call(KindConstant<SetKind::l2_ball>{});
-    case SetKind::l1_ball:
-      return call(KindConstant<SetKind::l1_ball>{});
-    case SetKind::simplex:
-      break;
-  }
-  return call(KindConstant<SetKind::simplex>{});
-}
-
-// Loops over neighbouring elements.
-
-template <typename Storage>
-ADAMAL_MULTIVERSIONED void widen(const Storage* __restrict stored, double* __restrict values,
-                                 int64_t count) {
-  for (int64_t i = 0; i < count; ++i) values[i] = decode(stored[i]);
-}
-
-template <typename Param>
-ADAMAL_MULTIVERSIONED void narrow(const double* __restrict values, Param* __restrict stored,
-                                  int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    stored[i] = encode<Param>(static_cast<ComputeType<Param>>(values[i]));
-  }
-}
-
-// Of the second moments, widened from T.
-template <typename T>
-ADAMAL_MULTIVERSIONED void to_metric(double* __restrict values, int64_t count,
-                                     const StepScalars<T>& shared_scalars) {
-  const StepScalars<T> scalars = shared_scalars;
-  for (int64_t i = 0; i < count; ++i) values[i] = metric_of(static_cast<T>(values[i]), scalars);
-}
-
-template <SetKind kKind, typename Storage>
-ADAMAL_MULTIVERSIONED void size_terms(const Storage* __restrict stored, double* __restrict terms,
-                                      int64_t count) {
-  for (int64_t i = 0; i < count; ++i) terms[i] = size_term(kKind, decode(stored[i]));
-}
-
-template <SetKind kKind>
-ADAMAL_MULTIVERSIONED void terms_at(const double* __restrict y, const double* __restrict d,
-                                    double multiplier, double* __restrict first,
-                                    double* __restrict second, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const SetTerms terms = set_terms(kKind, y[i], d[i], multiplier);
-    first[i] = terms.first;
-    second[i] = terms.second;
-  }
-}
-
-template <SetKind kKind>
-ADAMAL_MULTIVERSIONED void project_all(double* __restrict y, const double* __restrict d,
-                                       double multiplier, double scale, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) y[i] = projected(kKind, y[i], d[i], multiplier, scale);
-}
-
-// A chunk's sums.
-
-double padded_sum(double* terms, int64_t count) {
-  double other[kNormChunk<float> / 2];
-  const int64_t width = power_of_two_from(count);
-  std::fill(terms + count, terms + width, 0.0);
-  return add_tree(terms, other, width);
-}
-
-template <typename Storage>
-double chunk_size(SetKind kind, const Storage* stored, int64_t count) {
-  double terms[kNormChunk<float>];
-  with_kind(kind, [&](auto constant) { size_terms<constant()>(stored, terms, count); });
-  return padded_sum(terms, count);
-}
-
-SetTerms chunk_terms(SetKind kind, const double* y, const double* d, double multiplier,
-                     int64_t count) {
-  double first[kNormChunk<float>], second[kNormChunk<float>];
-  with_kind(kind,
-            [&](auto constant) { terms_at<constant()>(y, d, multiplier, first, second, count); });
-  return {padded_sum(first, count), padded_sum(second, count)};
-}
-
-void project_values(SetKind kind, const RowSearch& search, double* y, const double* d,
-                    int64_t count) {
-  with_kind(kind, [&](auto constant) {
-    project_all<constant()>(y, d, search.multiplier, search.scale, count);
-  });
-}
-
-// Calls body(first, count) for each chunk of `count` elements.
-template <typename T, typename Body>
-void for_chunks(int64_t count, const Body& body) {
-  for (int64_t first = 0; first < count; first += kNormChunk<T>) {
-    body(first, std::min<int64_t>(kNormChunk<T>, count - first));
-  }
-}
 
 // What a projection reads and writes of a tensor.
 template <typename Param>
@@ -313,6 +212,12 @@ void project_rows(const View<Param>& view, int64_t first_row, int64_t count, Scr
   for (int64_t i = 0; i < count; ++i) multipliers[i] = searches[i].multiplier;
 }
 
+// Whether the row was in its ball, and most likely is so still: a bound of its size is looked at
+// first.
+bool starts_inside(const CoupledSet& set, double last_multiplier) {
+  return set.kind != SetKind::simplex && last_multiplier == 0;
+}
+
 // Where a search begins that the step's sums do not end.
 double first_multiplier(const CoupledSet& set, double last_multiplier) {
   return begin_search(set, INFINITY, last_multiplier).multiplier;
@@ -415,27 +320,65 @@ class ProjectedStep::Run {
 
  private:
   void step_item(const Item& item, Scratch& scratch) {
-    if (bucket_.records == nullptr) {
-      step_elements_cpu(bucket_, item.tensor, item.first, item.count);
-    }
-    if (item.rows == Item::scattered) return;
     const Tensor tensor(bucket_, item.tensor);
-    if (!tensor.is_projected) return;
-    if (item.rows == Item::whole) {
-      const int64_t first_row = item.first / tensor.rows.length;
-      const int64_t rows = item.count / tensor.rows.length;
-      for (int64_t i = 0; i < rows; ++i) project_rows(tensor, first_row + i, 1, scratch);
-      return;
+    if (item.rows == Item::scattered) {
+      step(item, 0, item.count);
+    } else if (item.rows == Item::part_of_long) {
+      step_part(item, tensor, scratch);
+    } else {
+      // What was stepped is in the first cache still when it is projected.
+      const int64_t length = tensor.rows.length;
+      const int64_t together = std::max<int64_t>(1, kNormChunk<T> / length) * length;
+      for (int64_t at = 0; at < item.count; at += together) {
+        const int64_t count = std::min(together, item.count - at);
+        step(item, at, count);
+        if (!tensor.is_projected) continue;
+        const int64_t first_row = (item.first + at) / length;
+        for (int64_t i = 0; i < count / length; ++i) project_row(tensor, first_row + i, scratch);
+      }
     }
-    const LongRow& row = self_.long_rows_[item.long_row];
-    Sums* const sums = sums_of(item, tensor);
+  }
+
+  // Steps elements of an item, from the item's `at` on.
+  void step(const Item& item, int64_t at, int64_t count) {
+    if (bucket_.records != nullptr) return;
+    step_elements_cpu(bucket_, item.tensor, item.first + at, count);
+  }
+
+  void project_row(const Tensor& tensor, int64_t row, Scratch& scratch) {
+    const CoupledRows& rows = tensor.rows;
+    const bool is_inside =
+        starts_inside(rows.set, tensor.multipliers[row]) &&
+        adamal::is_inside(rows.set,
+                          size_bound(rows.set.kind, tensor.param + row * rows.length, rows.length));
+    if (!is_inside) project_rows(tensor, row, 1, scratch);
+  }
+
+  void step_part(const Item& item, const Tensor& tensor, Scratch& scratch) {
     for_chunks<T>(item.count, [&](int64_t at, int64_t count) {
-      sums[at / kNormChunk<T>].size =
+      step(item, at, count);
+      if (!tensor.is_projected) return;
+      const CoupledSet& set = tensor.rows.set;
+      const bool is_bounded = starts_inside(set, last_multiplier(item, tensor));
+      const Param* const first = tensor.param + item.first + at;
+      sums_of(item, tensor)[at / kNormChunk<T>].size =
+          is_bounded ? size_bound(set.kind, first, count) : chunk_size(set.kind, first, count);
+    });
+    if (!tensor.is_projected) return;
+    const double multiplier = first_multiplier(tensor.rows.set, last_multiplier(item, tensor));
+    // At 0 the last step left the row alone, as this one will, most likely.
+    if (multiplier != 0) evaluate(item, tensor, multiplier, scratch);
+  }
+
+  double last_multiplier(const Item& item, const Tensor& tensor) const {
+    return tensor.multipliers[self_.long_rows_[item.long_row].row];
+  }
+
+  void add_sizes(const Item& item, const Tensor& tensor) {
+    for_chunks<T>(item.count, [&](int64_t at, int64_t count) {
+      sums_of(item, tensor)[at / kNormChunk<T>].size =
           chunk_size(tensor.rows.set.kind, tensor.param + item.first + at, count);
     });
-    // At 0 the last step left the row alone, as this one will, most likely.
-    const double multiplier = first_multiplier(tensor.rows.set, tensor.multipliers[row.row]);
-    if (multiplier != 0) evaluate(item, tensor, multiplier, scratch);
   }
 
   void evaluate(const Item& item, const Tensor& tensor, double multiplier, Scratch& scratch) {
@@ -471,15 +414,39 @@ class ProjectedStep::Run {
   void begin_long_rows() {
     for (LongRow& row : self_.long_rows_) {
       const Tensor tensor(bucket_, row.tensor);
-      row.search.state = SearchState::left_alone;
+      row.search = {0, 1, SearchState::left_alone, 0};
       if (!tensor.is_projected) continue;
       const CoupledSet& set = tensor.rows.set;
-      const double last_multiplier = tensor.multipliers[row.row];
-      LaneSums size;
-      for (int64_t i = 0; i < row.sum_count; ++i) size.add(self_.sums_[row.first_sum + i].size);
-      row.search = begin_search(set, size.take(), last_multiplier);
-      if (first_multiplier(set, last_multiplier) != 0) continue_long_row(&row, set);
+      if (!starts_inside(set, tensor.multipliers[row.row])) {
+        begin_long_row(&row, tensor);
+      } else if (!is_inside(set, size_of(row))) {
+        row.search.state = SearchState::searching;
+      }
     }
+    // Those whose bounds do not tell; others that are searched for have been evaluated too.
+    for_long_items(SearchState::searching, [&](const Item& item, const Tensor& tensor, Scratch&) {
+      if (!starts_inside(tensor.rows.set, last_multiplier(item, tensor))) return;
+      add_sizes(item, tensor);
+    });
+    for (LongRow& row : self_.long_rows_) {
+      if (row.search.state != SearchState::searching) continue;
+      const Tensor tensor(bucket_, row.tensor);
+      if (starts_inside(tensor.rows.set, tensor.multipliers[row.row])) begin_long_row(&row, tensor);
+    }
+  }
+
+  // By the sums of its elements' sizes.
+  void begin_long_row(LongRow* row, const Tensor& tensor) {
+    const CoupledSet& set = tensor.rows.set;
+    const double last_multiplier = tensor.multipliers[row->row];
+    row->search = begin_search(set, size_of(*row), last_multiplier);
+    if (first_multiplier(set, last_multiplier) != 0) continue_long_row(row, set);
+  }
+
+  double size_of(const LongRow& row) const {
+    LaneSums size;
+    for (int64_t i = 0; i < row.sum_count; ++i) size.add(self_.sums_[row.first_sum + i].size);
+    return size.take();
   }
 
   // By the sums at the search's multiplier.
