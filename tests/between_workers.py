@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
-
-def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of temporary files that all workers of a run have."""
-    folder = tmp_path_factory.getbasetemp()
-    return folder.parent if IN_WORKER else folder
+def is_worker(config: pytest.Config) -> bool:
+    """Tell whether this is one of several processes that run the tests."""
+    return hasattr(config, "workerinput")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import test_device_kernels as device
 import test_native_walk as walk
 import test_projection_blocks as blocks
 import test_watch_kernels as watched
-from between_workers import IN_WORKER
+from between_workers import is_worker
 from forked_pytest import ROOT, run_pytest
 from native_harness import Command, Harness, HarnessError
 
@@ -608,7 +608,7 @@ def find(request: pytest.FixtureRequest) -> Iterator[Callable[[Verdict], Any]]:
     """Finds a verdict. Where no other worker runs, those that the selected tests ask for are found
     two at a time ahead of them.
     """
-    if IN_WORKER:
+    if is_worker(request.config):
         yield lambda verdict: verdict()
         return
     specs = [getattr(item, "callspec", None) for item in request.session.items]
