@@ -48,3 +48,8 @@ def session_folder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPat
     """A folder of temporary files that all workers of a run share."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if is_worker(pytestconfig) else folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put first what takes nvcc half a minute each: as the last test it would keep a core idle."""
+    items.sort(key=lambda item: "machine_code" not in item.path.name)
