@@ -21,8 +21,8 @@ help:  ## Show this list.
 demo: build  ## Train a small GPT with Adam and with AdamAL, side by side.
 	$(RUN)/python examples/train_gpt.py
 
-test: build  ## Run the whole test suite. PYTEST_ARGS are passed on.
-	$(RUN)/python -m pytest tests $(PYTEST_ARGS)
+test: build  ## Run the whole test suite, by a worker a core. PYTEST_ARGS are passed on.
+	$(RUN)/python -m pytest tests -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 bench: build  ## Time a step against torch's, table and plot in benchmarks/results/. BENCH_ARGS are passed on.
 	@mkdir -p benchmarks/results

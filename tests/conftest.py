@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton_interpreter
+from between_workers import is_worker
 from support import DEVICES, PLACES, Place
 
 # For tests of benchmarks/, whichever way pytest was started. Last: where a copy of the package is
@@ -40,3 +41,15 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def place(request: pytest.FixtureRequest) -> Place:
     """Every backend that can run here, on every device that it can run on."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def session_folder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of temporary files that all workers of a run share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if is_worker(pytestconfig) else folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put first what takes nvcc half a minute each: as the last test it would keep a core idle."""
+    items.sort(key=lambda item: "machine_code" not in item.path.name)

@@ -1,46 +1,24 @@
-"""Builds and drives the native harness: the kernels on the host, under sanitizers, without torch.
-
-The kernels are those of ``csrc``, or of the folder that ``ADAMAL_TEST_CSRC`` names.
-"""
+"""Drives the native harness: the kernels on the host, under sanitizers, without torch."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import struct
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from native_programs import BUILD_DIR, CSRC, PROGRAMS, Command, Program, built
 
 from adamal_kernels.coupled import CoupledRows
 from adamal_kernels.hyperparameters import StepOptions, StepScalars
 
 Array = npt.NDArray[Any]
-
-ROOT = Path(__file__).resolve().parents[1]
-CSRC = Path(os.environ.get("ADAMAL_TEST_CSRC", ROOT / "csrc")).resolve()
-HARNESS_SOURCES = (
-    ROOT / "tests" / "native" / "harness.cpp",
-    ROOT / "tests" / "native" / "projections.cpp",
-)
-BUILD_DIR = ROOT / "build" / "native_harness"
-
-# Not optimised: most of the time goes into building.
-COMMON_FLAGS = ("-std=c++17", "-O0", "-Wall", "-Wextra", "-ffp-contract=off")
-SANITIZER_FLAGS = (
-    "-g1",
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
-    "-fno-omit-frame-pointer",
-)
 
 STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 """The streams of a tensor, in the harness's order."""
@@ -48,26 +26,6 @@ STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 class HarnessError(RuntimeError):
     """The harness stopped: a sanitizer's report, a trapped access, or a bad case."""
-
-
-class Command(IntEnum):
-    """What the harness can be asked; the codes of ``Command`` in ``harness.cpp``."""
-
-    INFO = 0
-    DECODE = 1
-    ENCODE = 2
-    SCALARS = 3
-    STEP_CPU = 4
-    STEP_CUDA = 5
-    STEP_ON_DEVICE = 6
-    NORM_CPU = 7
-    NORM_CUDA = 8
-    WATCHED_CPU = 9
-    WATCHED_CUDA = 10
-    WATCHED_ON_DEVICE = 11
-    PROJECT_SERIALLY = 12
-    PROJECT_CPU = 13
-    PROJECT_CUDA = 14
 
 
 @dataclass
@@ -179,10 +137,10 @@ class Info:
     large: tuple[Capacity, Capacity]
 
 
-def build_harness(
-    csrc: Path = CSRC, *, sanitize: bool = True, build_dir: Path = BUILD_DIR
-) -> Harness:
-    """Build the harness from the kernels in ``csrc``, unless the same one has been built before.
+class Harness:
+    """The programs that run kernels; every method is one run of one of them over many cases.
+
+    Each is built when it is first run, unless the same one has been built before.
 
     Args:
         csrc: Folder of the kernels.
@@ -190,46 +148,14 @@ def build_harness(
             takes a third of the time.
         build_dir: Folder that keeps what was built.
     """
-    compiler = os.environ.get("CXX", "g++")
-    flags = (*COMMON_FLAGS, *(SANITIZER_FLAGS if sanitize else ()))
-    kernels = ("norm_cpu.cpp", "projection_cpu.cpp", "step_cpu.cpp")
-    sources = (*HARNESS_SOURCES, *(csrc / name for name in kernels))
-    digest = hashlib.sha256(repr((compiler, flags)).encode())
-    for path in (
-        *sources,
-        *sorted(HARNESS_SOURCES[0].parent.glob("*.h")),
-        *sorted(csrc.glob("*.h")),
-    ):
-        digest.update(path.read_bytes())
-    executable = build_dir / f"harness-{digest.hexdigest()[:16]}"
-    if not executable.exists():
-        _compile([compiler, *flags, f"-I{csrc}"], sources, executable)
-    return Harness(executable)
 
-
-def _compile(command: list[str], sources: Iterable[Path], executable: Path) -> None:
-    executable.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=executable.parent) as folder:
-        objects = [f"{folder}/{source.stem}.o" for source in sources]
-        compilers = [
-            subprocess.Popen(
-                [*command, "-c", str(source), "-o", target], stderr=subprocess.PIPE, text=True
-            )
-            for source, target in zip(sources, objects, strict=True)
-        ]
-        errors = [compiler.communicate()[1] for compiler in compilers]
-        if any(compiler.returncode for compiler in compilers):
-            raise HarnessError("the harness does not compile:\n" + "".join(errors))
-        linked = f"{folder}/harness"
-        subprocess.run([*command, *objects, "-o", linked], check=True)
-        shutil.move(linked, executable)
-
-
-class Harness:
-    """A built harness; every method is one run of it over many cases."""
-
-    def __init__(self, executable: Path) -> None:
-        self.executable = executable
+    def __init__(
+        self, csrc: Path = CSRC, *, sanitize: bool = True, build_dir: Path = BUILD_DIR
+    ) -> None:
+        self._csrc = csrc
+        self._sanitize = sanitize
+        self._build_dir = build_dir
+        self._executables: dict[Program, Path] = {}
 
     def info(self) -> Info:
         """Return the constants the kernels were compiled with."""
@@ -289,7 +215,10 @@ class Harness:
         return results
 
     def watched(
-        self, command: Command, cases: Sequence[StepCase], records: Sequence[Sequence[Array]]
+        self,
+        command: Command,
+        cases: Sequence[StepCase],
+        records: Sequence[Sequence[Array]],
     ) -> list[tuple[list[Array], list[TensorCase]]]:
         """Step every case, and return its records, int64 ``[item, word]`` a tensor, and tensors.
 
@@ -323,7 +252,10 @@ class Harness:
         return results
 
     def project(
-        self, command: Command, cases: Sequence[StepCase], sets: Sequence[Sequence[SetCase]]
+        self,
+        command: Command,
+        cases: Sequence[StepCase],
+        sets: Sequence[Sequence[SetCase]],
     ) -> list[ProjectResult]:
         """Step and project every case, a set a tensor: by threads' shares, or serially."""
         payload = b"".join(
@@ -375,11 +307,17 @@ class Harness:
         return results
 
     def _run(self, payload: bytes) -> bytes:
+        (command,) = struct.unpack_from("<q", payload)
+        program = PROGRAMS[Command(command)]
+        if program not in self._executables:
+            self._executables[program] = built(
+                program, self._csrc, sanitize=self._sanitize, build_dir=self._build_dir
+            )
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder, "input"), Path(folder, "output")
             source.write_bytes(payload)
             done = subprocess.run(
-                [self.executable, source, target],
+                [self._executables[program], source, target],
                 capture_output=True,
                 text=True,
                 # The leak check needs ptrace, which containers often forbid.
@@ -435,7 +373,12 @@ def _integers(*values: int) -> bytes:
 
 def _step_input(command: Command, case: StepCase) -> Iterable[bytes]:
     yield _integers(
-        command, case.seed, case.pair, case.second_moment, len(case.scalars), len(case.tensors)
+        command,
+        case.seed,
+        case.pair,
+        case.second_moment,
+        len(case.scalars),
+        len(case.tensors),
     )
     yield np.array(case.scalars, np.float64).tobytes()
     for tensor in case.tensors:

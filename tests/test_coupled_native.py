@@ -22,7 +22,6 @@ from native_harness import (
     SetCase,
     StepCase,
     TensorCase,
-    build_harness,
 )
 from test_native_walk import ROWS, decoded, differing, make_scalars, make_tensor
 
@@ -66,7 +65,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
 
 @pytest.fixture(scope="module")
 def harness() -> Harness:
-    return build_harness()
+    return Harness()
 
 
 def pattern_of(layout: str, dtype: torch.dtype) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_harness import CSRC
+from between_workers import locked
+from native_programs import CSRC
 
 from adamal_kernels.bucket import SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
@@ -102,7 +104,6 @@ class Kernel:
 class Build:
     """What nvcc made for one architecture."""
 
-    arch: str
     ptx: str
     report: str
     kernels: list[Kernel]
@@ -156,11 +157,14 @@ def compile_cuda(source: str, arch: str, folder: Path) -> tuple[str, str, str]:
 
 
 @pytest.fixture(scope="session", params=ARCHS)
-def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    ptx, report, sass = compile_cuda(
-        "step_cuda", request.param, tmp_path_factory.mktemp(request.param)
-    )
-    return Build(request.param, ptx, report, list(parse_sass(sass)))
+def build(request: pytest.FixtureRequest, session_folder: Path) -> Build:
+    folder = session_folder / request.param
+    made = folder / "made.json"
+    with locked(made):
+        if not made.exists():
+            made.write_text(json.dumps(compile_cuda("step_cuda", request.param, folder)))
+    ptx, report, sass = json.loads(made.read_text())
+    return Build(ptx, report, list(parse_sass(sass)))
 
 
 def test_there_is_a_kernel_for_every_pair_and_second_moment(build: Build) -> None:

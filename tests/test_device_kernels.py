@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from native_harness import Command, DeviceCase, Harness, StepCase, TensorCase, build_harness
+from native_harness import Command, DeviceCase, Harness, StepCase, TensorCase
 from test_native_walk import check, encoded, make_tensor
 
 from adamal_kernels.bucket import SecondMoment
@@ -37,7 +37,7 @@ OTHERS = (
 
 @pytest.fixture(scope="module")
 def harness() -> Harness:
-    return build_harness()
+    return Harness()
 
 
 def bucket(pair: int, second_moment: SecondMoment, sizes: list[int]) -> StepCase:

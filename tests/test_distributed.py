@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import coupled_distributed_cases
 import pytest
 import torch
 import torch.distributed as dist
+from between_workers import locked
 from distributed_cases import CASES, World, checkpointed, load, model, values_of
 from forked_pytest import CONTEXT
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,8 +26,17 @@ Outcomes = dict[str, list[str]]
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("worlds")
+def folder(session_folder: Path) -> Path:
+    return session_folder / "worlds"
+
+
+def outcomes_of(size: int, folder: Path) -> Outcomes:
+    """Return the outcomes of a world, which is run once."""
+    made = folder / f"outcomes-{size}.json"
+    with locked(made):
+        if not made.exists():
+            made.write_text(json.dumps(run_world(size, folder)))
+    return json.loads(made.read_text())
 
 
 def run_world(size: int, folder: Path) -> Outcomes:
@@ -58,13 +69,13 @@ def run_world(size: int, folder: Path) -> Outcomes:
 
 @pytest.fixture(scope="session")
 def world_of_2(folder: Path) -> Outcomes:
-    return run_world(2, folder)
+    return outcomes_of(2, folder)
 
 
 @pytest.fixture(scope="session")
 def world_of_3(folder: Path, world_of_2: Outcomes) -> Outcomes:
     """After the other, whose checkpoint it loads."""
-    return run_world(3, folder)
+    return outcomes_of(3, folder)
 
 
 @pytest.mark.parametrize("name", [*CASES, "exit"])

@@ -24,7 +24,6 @@ from native_harness import (
     StepCase,
     StepResult,
     TensorCase,
-    build_harness,
 )
 
 from adamal_kernels.bucket import SecondMoment
@@ -41,7 +40,7 @@ BACKENDS = ("step_cpu", "step_cuda")
 
 @pytest.fixture(scope="module")
 def harness() -> Harness:
-    return build_harness()
+    return Harness()
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ import test_device_kernels as device
 import test_native_walk as walk
 import test_projection_blocks as blocks
 import test_watch_kernels as watched
+from between_workers import is_worker
 from forked_pytest import ROOT, run_pytest
-from native_harness import Command, Harness, HarnessError, build_harness
+from native_harness import Command, Harness, HarnessError
 
 from adamal_kernels.bucket import SecondMoment
 
@@ -566,14 +567,13 @@ TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
 }
 
 
-def native_verdict(fault: Fault | None, checks: list[Check], *, sanitize: bool = False) -> str:
+def native_verdict(fault: Fault, checks: list[Check], *, sanitize: bool = False) -> str:
     """Return what ``checks`` say of the kernels with ``fault``; nothing if they let them pass."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copytree(ROOT / "csrc", folder / "csrc")
-        if fault is not None:
-            fault.plant(folder)
-        harness = build_harness(folder / "csrc", sanitize=sanitize, build_dir=folder)
+        fault.plant(folder)
+        harness = Harness(folder / "csrc", sanitize=sanitize, build_dir=folder)
         try:
             for check in checks:
                 check(harness)
@@ -616,26 +616,34 @@ def of_all(verdict: Callable[..., Any], faults: Mapping[str, tuple[Fault, Any]])
 
 
 @pytest.fixture(scope="module")
-def verdicts(request: pytest.FixtureRequest) -> Iterator[dict[Verdict, Future[Any]]]:
-    """The verdicts that the selected tests ask for, found two at a time ahead of them."""
+def find(request: pytest.FixtureRequest) -> Iterator[Callable[[Verdict], Any]]:
+    """Finds a verdict. Where no other worker runs, those that the selected tests ask for are found
+    two at a time ahead of them.
+    """
+    if is_worker(request.config):
+        yield lambda verdict: verdict()
+        return
     specs = [getattr(item, "callspec", None) for item in request.session.items]
     mine = [spec.params["verdict"] for spec in specs if spec and "verdict" in spec.params]
     with ThreadPoolExecutor(2) as pool:
-        yield {verdict: pool.submit(verdict) for verdict in mine}
+        futures: dict[Verdict, Future[Any]] = {verdict: pool.submit(verdict) for verdict in mine}
+        yield lambda verdict: futures[verdict].result()
         pool.shutdown(cancel_futures=True)
 
 
-Verdicts = dict[Verdict, Future[Any]]
+Find = Callable[[Verdict], Any]
 
 
-@of_all(native_verdict, NATIVE_FAULTS)
-def test_unchanged_kernels_pass(verdict: Verdict, verdicts: Verdicts) -> None:
-    assert verdicts[verdict].result() == ""
+@pytest.mark.parametrize(
+    "check", dict.fromkeys(check for _, check in NATIVE_FAULTS.values()), ids=lambda c: c.__name__
+)
+def test_unchanged_kernels_pass(check: Check) -> None:
+    check(Harness(ROOT / "csrc", sanitize=False))
 
 
 @of_all(python_verdict, PYTHON_FAULTS)
-def test_unchanged_package_passes(verdict: Verdict, verdicts: Verdicts) -> None:
-    status, output = verdicts[verdict].result()
+def test_unchanged_package_passes(verdict: Verdict, find: Find) -> None:
+    status, output = find(verdict)
     assert status == 0, output
 
 
@@ -644,25 +652,25 @@ def test_unchanged_package_passes(verdict: Verdict, verdicts: Verdicts) -> None:
     [partial(native_verdict, BEYOND_THE_END, [cuda_sizes], sanitize=True)],
     ids=["beyond the end"],
 )
-def test_sanitizers_catch(verdict: Verdict, verdicts: Verdicts) -> None:
-    assert "AddressSanitizer" in verdicts[verdict].result()
+def test_sanitizers_catch(verdict: Verdict, find: Find) -> None:
+    assert "AddressSanitizer" in find(verdict)
 
 
 @needs_triton
 @of_all(python_verdict, TRITON_FAULTS)
-def test_unchanged_triton_kernels_pass(verdict: Verdict, verdicts: Verdicts) -> None:
-    test_unchanged_package_passes(verdict, verdicts)
+def test_unchanged_triton_kernels_pass(verdict: Verdict, find: Find) -> None:
+    test_unchanged_package_passes(verdict, find)
 
 
 @of_each(native_verdict, NATIVE_FAULTS)
-def test_native_fault_is_caught(verdict: Verdict, verdicts: Verdicts) -> None:
-    assert verdicts[verdict].result() != "", "the tests let it pass"
+def test_native_fault_is_caught(verdict: Verdict, find: Find) -> None:
+    assert find(verdict) != "", "the tests let it pass"
 
 
 @of_each(python_verdict, PYTHON_FAULTS)
-def test_python_fault_is_caught(verdict: Verdict, verdicts: Verdicts) -> None:
+def test_python_fault_is_caught(verdict: Verdict, find: Find) -> None:
     """By a test that fails; an error before it ran would be none of its doing."""
-    status, output = verdicts[verdict].result()
+    status, output = find(verdict)
     assert status == 1, output
     assert re.search(r"^FAILED ", output, re.MULTILINE), output
     assert not re.search(r"^ERROR ", output, re.MULTILINE), output
@@ -670,5 +678,5 @@ def test_python_fault_is_caught(verdict: Verdict, verdicts: Verdicts) -> None:
 
 @needs_triton
 @of_each(python_verdict, TRITON_FAULTS)
-def test_triton_fault_is_caught(verdict: Verdict, verdicts: Verdicts) -> None:
-    test_python_fault_is_caught(verdict, verdicts)
+def test_triton_fault_is_caught(verdict: Verdict, find: Find) -> None:
+    test_python_fault_is_caught(verdict, find)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from native_harness import DeviceCase, Harness, SetCase, StepCase, TensorCase, build_harness
+from native_harness import DeviceCase, Harness, SetCase, StepCase, TensorCase
 from test_device_kernels import INPUTS, OTHERS, expected_case
 from test_native_walk import differing, expected_tensor, make_scalars, make_tensor
 from torch import Tensor
@@ -70,7 +70,7 @@ LONG: tuple[Layout, ...] = (
 
 @pytest.fixture(scope="module")
 def harness() -> Harness:
-    return build_harness()
+    return Harness()
 
 
 def as_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from native_harness import Array, Command, Harness, StepCase, TensorCase, build_harness
+from native_harness import Array, Command, Harness, StepCase, TensorCase
 from test_native_walk import check, expected_tensor, make_scalars, make_tensor
 
 from adamal_kernels.bucket import SecondMoment
@@ -23,7 +23,7 @@ COMMANDS = (Command.WATCHED_CPU, Command.WATCHED_CUDA, Command.WATCHED_ON_DEVICE
 
 @pytest.fixture(scope="module")
 def harness() -> Harness:
-    return build_harness()
+    return Harness()
 
 
 def new_records(count: int) -> torch.Tensor:

@@ -6,80 +6,16 @@
 #include <unistd.h>
 
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <vector>
 
 #include "bucket.h"
+#include "harness.h"
 #include "step.h"
 
 namespace adamal::harness {
-
-[[noreturn]] inline void fail(const char* message) {
-  std::fprintf(stderr, "harness: %s\n", message);
-  std::exit(2);
-}
-
-class Input {
- public:
-  explicit Input(const char* path) : file_(std::fopen(path, "rb")) {
-    if (file_ == nullptr) fail("the input cannot be opened");
-  }
-  ~Input() { std::fclose(file_); }
-  Input(const Input&) = delete;
-  Input& operator=(const Input&) = delete;
-
-  bool at_end() {
-    const int next = std::fgetc(file_);
-    std::ungetc(next, file_);
-    return next == EOF;
-  }
-  void read(void* target, size_t bytes) {
-    if (bytes != 0 && std::fread(target, 1, bytes, file_) != bytes) fail("the input is too short");
-  }
-  int64_t integer() {
-    int64_t value;
-    read(&value, sizeof(value));
-    return value;
-  }
-  template <typename T>
-  std::vector<T> array(int64_t count) {
-    std::vector<T> values(count);
-    read(values.data(), count * sizeof(T));
-    return values;
-  }
-
- private:
-  std::FILE* file_;
-};
-
-class Output {
- public:
-  explicit Output(const char* path) : file_(std::fopen(path, "wb")) {
-    if (file_ == nullptr) fail("the output cannot be opened");
-  }
-  ~Output() {
-    if (std::fclose(file_) != 0) fail("the output cannot be written");
-  }
-  Output(const Output&) = delete;
-  Output& operator=(const Output&) = delete;
-
-  void write(const void* source, size_t bytes) {
-    if (bytes != 0 && std::fwrite(source, 1, bytes, file_) != bytes) {
-      fail("the output cannot be written");
-    }
-  }
-  void integer(int64_t value) { write(&value, sizeof(value)); }
-  template <typename T>
-  void array(const std::vector<T>& values) {
-    write(values.data(), values.size() * sizeof(T));
-  }
-
- private:
-  std::FILE* file_;
-};
 
 // The memory of one stream: `misalignment` bytes off a 64-byte boundary, nothing behind it. A
 // read-only one lies on pages of its own.

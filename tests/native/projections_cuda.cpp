@@ -1,5 +1,5 @@
-#include "projections.h"
-
+// Steps and projections by the kernels for CUDA.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -8,15 +8,19 @@
 #include <type_traits>
 #include <vector>
 
+#include "harness.h"
 #include "launch_params.h"
+#include "owned_bucket.h"
 #include "owned_device.h"
 #include "owned_sets.h"
 #include "projection_launches.h"
 #include "set_tables.h"
 #include "shuffled.h"
 
-namespace adamal::harness {
 namespace {
+
+using namespace adamal;
+using namespace adamal::harness;
 
 constexpr int kGarbage = 0xa5;
 // Fewer than a bucket's pieces, so that blocks take several.
@@ -83,8 +87,8 @@ void run_all(OwnedBucket& bucket, const SetTables& sets, bool step_adds_sizes,
   project_bucket<typename Key::Param>(tables.tensors, sets, kPieceBlocks, step_adds_sizes, launch);
 }
 
-}  // namespace
-
+// The input goes on with each tensor's set and multipliers, whether the step adds sizes, and
+// whether the scalars are the device's, which then follow.
 void run_project_cuda(OwnedBucket& bucket, Input& input, Output& output) {
   std::mt19937_64 random(bucket.seed);
   const OwnedSets sets(input, bucket);
@@ -109,4 +113,17 @@ void run_project_cuda(OwnedBucket& bucket, Input& input, Output& output) {
   bucket.write(output);
 }
 
-}  // namespace adamal::harness
+void run(Command command, Input& input, Output& output) {
+  switch (command) {
+    case Command::project_cuda: {
+      OwnedBucket bucket(input, /*for_cpu=*/false);
+      return run_project_cuda(bucket, input, output);
+    }
+    default:
+      fail("not a command of this program");
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) { return run_cases(argc, argv, run); }
