@@ -158,8 +158,8 @@ void CpuPlan::launch(const Bucket& bucket) {
 
 void CpuPlan::launch_by_rows(Bucket bucket) {
   // A projection reads again what the step has just written.
-  bucket.exceeds_caches = bucket.sets == nullptr &&
-                          cost_before_.back() > kCachedElements * at::get_num_threads();
+  bucket.exceeds_caches =
+      bucket.sets == nullptr && cost_before_.back() > kCachedElements * at::get_num_threads();
   const auto step_items = [&] {
     for_shares(cost_before_, [&](int64_t first, int64_t last) { step_cpu(bucket, first, last); });
   };

@@ -1,6 +1,7 @@
 #include "projection_cpu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <type_traits>
 
@@ -215,7 +216,7 @@ void project_rows(const View<Param>& view, int64_t first_row, int64_t count, Scr
 // Whether the row was in its ball, and most likely is so still: a bound of its size is looked at
 // first.
 bool starts_inside(const CoupledSet& set, double last_multiplier) {
-  return set.kind != SetKind::simplex && last_multiplier == 0;
+  return set.kind != SetKind::simplex && last_multiplier == 0 && !std::signbit(last_multiplier);
 }
 
 // Where a search begins that the step's sums do not end.

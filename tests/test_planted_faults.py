@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import test_coupled_native as coupled
 import test_device_kernels as device
 import test_native_walk as walk
 import test_projection_blocks as blocks
@@ -107,6 +108,11 @@ def projections(harness: Harness) -> None:
     blocks.test_long_searches(harness, 16400)
 
 
+def bounds(harness: Harness) -> None:
+    for cls in (coupled.L2Ball, coupled.L1Ball):
+        coupled.test_rows_about_the_size_of_their_balls(harness, cls, coupled.FLOAT32)
+
+
 def launches(harness: Harness) -> None:
     walk.test_launches_split_where_their_parameters_are_full(harness, harness.info(), 0)
 
@@ -125,6 +131,26 @@ BLOCKS = "csrc/projection_blocks.h"
 
 # Name -> the fault, and what catches it without sanitizers.
 NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
+    "a bound of a row's size has no room for rounding": (
+        Fault("csrc/set_loops_cpu.h", "kShare = 0x1p-10", "kShare = -0x1p-10"),
+        bounds,
+    ),
+    "a bound of a row's size is blind to what is tiny": (
+        Fault(
+            "csrc/set_loops_cpu.h",
+            " + static_cast<double>(count) * std::numeric_limits<T>::min()",
+            "",
+        ),
+        bounds,
+    ),
+    "rows whose bound does not tell are left alone": (
+        Fault(
+            "csrc/projection_cpu.cpp",
+            "} else if (!is_inside(set, size_of(row))) {",
+            "} else if (false) {",
+        ),
+        bounds,
+    ),
     "elements that stood still have grown": (
         Fault("csrc/watch.h", "grown += after > before;", "grown += after >= before;"),
         watched_steps,
