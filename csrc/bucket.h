@@ -48,7 +48,7 @@ struct Bucket {
   const DeviceScalars* device;  // instead of scalars; else null
   const CoupledRows* sets;      // per tensor; null where no set couples elements
   ItemRecord* const* records;   // per tensor, of each of its items; null: the step is not watched
-  bool exceeds_caches = false;  // of the CPU: nothing that a step reads is there still in the next
+  bool exceeds_caches = false;  // of the CPU, which hold little of it from step to step
 };
 
 // What selects a kernel, as types.

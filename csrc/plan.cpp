@@ -15,8 +15,9 @@ namespace {
 // A thread's least share, about 0.1 ms: less is done before another thread, on a busy machine, has
 // so much as begun.
 constexpr int64_t kParallelElements = 262144;
-// More than a thread's part of any cache: of float32, 16 MB with gradients and moments.
-constexpr int64_t kCachedElements = 1 << 20;
+// A thread's part of the last cache is less on most processors; what they say it is cannot be
+// relied on in virtual machines.
+constexpr int64_t kCachedBytes = 16 << 20;
 // What a work item costs besides its elements, in elements: look-ups and the loop's ends.
 constexpr int64_t kItemOverhead = 64;
 
@@ -31,6 +32,19 @@ void for_shares(const std::vector<int64_t>& cost_before, const Body& body) {
     };
     body(piece_at(first), std::min<int64_t>(piece_at(last), count));
   });
+}
+
+int64_t bytes_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float64:
+      return 8;
+    case Dtype::float32:
+      return 4;
+    case Dtype::bfloat16:
+    case Dtype::float16:
+      break;
+  }
+  return 2;
 }
 
 void check_sets(const std::vector<TensorEntry>& tensors, const std::vector<CoupledRows>& sets) {
@@ -123,6 +137,11 @@ at::Tensor Plan::squared_norm(const std::vector<const void*>& grads) {
 void CpuPlan::on_bound() {
   cost_before_.resize(items().size() + 1);
   cost_before_[0] = 0;
+  const int64_t moments = second_moment() == SecondMoment::amsgrad ? 3 : 2;
+  const int64_t element_bytes = bytes_of(dtypes().param) + bytes_of(dtypes().grad) +
+                                moments * std::max<int64_t>(4, bytes_of(dtypes().param));
+  bytes_ = 0;
+  for (const TensorEntry& tensor : tensors()) bytes_ += tensor.numel * element_bytes;
   for (size_t i = 0; i < items().size(); ++i) {
     const int64_t left = tensors()[items()[i].tensor].numel - items()[i].chunk * kCpuChunk;
     cost_before_[i + 1] = cost_before_[i] + std::min(kCpuChunk, left) + kItemOverhead;
@@ -158,8 +177,7 @@ void CpuPlan::launch(const Bucket& bucket) {
 
 void CpuPlan::launch_by_rows(Bucket bucket) {
   // A projection reads again what the step has just written.
-  bucket.exceeds_caches =
-      bucket.sets == nullptr && cost_before_.back() > kCachedElements * at::get_num_threads();
+  bucket.exceeds_caches = bucket.sets == nullptr && bytes_ > kCachedBytes * at::get_num_threads();
   const auto step_items = [&] {
     for_shares(cost_before_, [&](int64_t first, int64_t last) { step_cpu(bucket, first, last); });
   };

@@ -91,6 +91,7 @@ class CpuPlan : public Plan {
   at::Tensor launch_squared_norm(const Bucket& bucket) override;
 
   std::vector<int64_t> cost_before_;  // of item i: that of all items before it
+  int64_t bytes_ = 0;                 // of all that a step reads
   ProjectedStep projected_;           // of a bucket with sets
 };
 

@@ -67,8 +67,10 @@ class Watched {
       const T roots[] = {std::sqrt(Ordered<T>::value_of(smallest)),
                          std::sqrt(Ordered<T>::value_of(largest))};
       for (const T root : roots) seen.add_change(change_.where_v_stands_still(root));
-      // A root that is not finite is no element's with a change, and hides one that is.
-      if (!(roots[1] < T(INFINITY)) || (grown > 0 && seen.least_change < seen_->least_change)) {
+      // But for roots that are not finite, or were multiplied by what was not: elements with these
+      // have no change, and hide one that has.
+      const bool is_bound = roots[1] < T(INFINITY) && change_.last_scale < T(INFINITY);
+      if (!is_bound || (grown > 0 && seen.least_change < seen_->least_change)) {
         seen.least_change = least(count, [&](int64_t i) {
           return change_.at(std::sqrt(before_[i]), std::sqrt(after[i]));
         });

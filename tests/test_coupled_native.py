@@ -234,7 +234,7 @@ def test_rows_about_the_size_of_their_balls(
     rng = np.random.default_rng(7)
     dtype = DTYPE_PAIRS[pair].param
     tiny, huge = torch.finfo(dtype).tiny * 1e-4, torch.finfo(dtype).max ** 0.8
-    beyond = [-1e-2, -1e-3, -1e-5, 1e-5, 1e-3]
+    beyond = [1e-5, -1e-5, 1e-3, -1e-3, -1e-2]
     case = StepCase(pair, SecondMoment.MONOTONE, [make_scalars(lr=1e-30)], [])
     sets, expected = [], []
     layouts = ("rows", "rows of chunks of sums", "long rows")
@@ -257,6 +257,21 @@ def test_rows_about_the_size_of_their_balls(
     (found,) = harness.project(Command.PROJECT_CPU, [case], [sets])
     for multipliers, is_beyond in zip(found.multipliers, expected, strict=True):
         assert is_beyond is None or ((multipliers > 0) == is_beyond).all()
+
+
+@pytest.mark.parametrize("cls", [L2Ball, L1Ball])
+def test_a_row_whose_size_float32_would_lose(harness: Harness, cls: type[CoupledSet]) -> None:
+    """A few elements of 1, and many that each are less than half of their last place."""
+    case = StepCase(FLOAT32, SecondMoment.MONOTONE, [make_scalars(lr=1e-30)], [])
+    values = np.full(CHUNK, 5e-8 if cls is L1Ball else 5e-8**0.5)
+    values[:32] = 1
+    size = np.linalg.norm(values, ord=2 if cls is L2Ball else 1) / (1 + 1e-5)
+    rows = coupled_rows(pattern_of("rows, one an item", torch.float32), cls(float(size), dim=1))
+    tensor = make_tensor(np.random.default_rng(8), case, 2 * CHUNK, extreme=False)
+    tensor.param[:] = np.tile(values, 2)
+    case.tensors = [replace(tensor, grad=np.zeros_like(tensor.grad))]
+    (result,) = check_against_serial(harness, [(case, [SetCase(rows, np.zeros(2))])])
+    assert (result.multipliers[0] > 0).all()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -111,6 +111,7 @@ def projections(harness: Harness) -> None:
 def bounds(harness: Harness) -> None:
     for cls in (coupled.L2Ball, coupled.L1Ball):
         coupled.test_rows_about_the_size_of_their_balls(harness, cls, coupled.FLOAT32)
+        coupled.test_a_row_whose_size_float32_would_lose(harness, cls)
 
 
 def launches(harness: Harness) -> None:
@@ -132,7 +133,7 @@ BLOCKS = "csrc/projection_blocks.h"
 # Name -> the fault, and what catches it without sanitizers.
 NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
     "a bound of a row's size has no room for rounding": (
-        Fault("csrc/set_loops_cpu.h", "kShare = 0x1p-10", "kShare = -0x1p-10"),
+        Fault("csrc/set_loops_cpu.h", "kShare = 0x1p-10", "kShare = 0"),
         bounds,
     ),
     "a bound of a row's size is blind to what is tiny": (

@@ -148,16 +148,19 @@ def test_records_of_every_type_and_of_extremes(harness: Harness, command: Comman
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("large", [math.inf, math.nan])
-def test_a_v_that_stands_still_beside_one_that_is_not_finite(
-    harness: Harness, command: Command, large: float
+@pytest.mark.parametrize("large", [math.inf, math.nan, 1e6])
+@pytest.mark.parametrize("first_lr", [0.1, 1e-39])
+def test_a_v_that_stands_still_beside_what_is_not_finite(
+    harness: Harness, command: Command, large: float, first_lr: float
 ) -> None:
+    """A ``v``, or the budget of the last step."""
     case = made(0, SecondMoment.MONOTONE, extreme=False)
     for tensor in case.tensors:
         tensor.exp_avg_sq[:] = np.linspace(1e6, 2e6, tensor.exp_avg_sq.size)
         tensor.exp_avg_sq[tensor.exp_avg_sq.size // 2 :][:1] = large
     # A budget that falls, the more so the larger v is.
-    check_steps(harness, command, [case], [make_scalars(step=1), make_scalars(step=2, lr=0.4)])
+    steps = [make_scalars(step=1, lr=first_lr), make_scalars(step=2, lr=0.4)]
+    check_steps(harness, command, [case], steps)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
