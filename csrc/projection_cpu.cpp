@@ -356,17 +356,18 @@ class ProjectedStep::Run {
   }
 
   void step_part(const Item& item, const Tensor& tensor, Scratch& scratch) {
+    if (!tensor.is_projected) return step(item, 0, item.count);
+    const CoupledSet& set = tensor.rows.set;
+    const double last = last_multiplier(item, tensor);
+    const bool is_bounded = starts_inside(set, last);
+    Sums* const sums = sums_of(item, tensor);
     for_chunks<T>(item.count, [&](int64_t at, int64_t count) {
       step(item, at, count);
-      if (!tensor.is_projected) return;
-      const CoupledSet& set = tensor.rows.set;
-      const bool is_bounded = starts_inside(set, last_multiplier(item, tensor));
       const Param* const first = tensor.param + item.first + at;
-      sums_of(item, tensor)[at / kNormChunk<T>].size =
+      sums[at / kNormChunk<T>].size =
           is_bounded ? size_bound(set.kind, first, count) : chunk_size(set.kind, first, count);
     });
-    if (!tensor.is_projected) return;
-    const double multiplier = first_multiplier(tensor.rows.set, last_multiplier(item, tensor));
+    const double multiplier = first_multiplier(set, last);
     // At 0 the last step left the row alone, as this one will, most likely.
     if (multiplier != 0) evaluate(item, tensor, multiplier, scratch);
   }
@@ -376,8 +377,9 @@ class ProjectedStep::Run {
   }
 
   void add_sizes(const Item& item, const Tensor& tensor) {
+    Sums* const sums = sums_of(item, tensor);
     for_chunks<T>(item.count, [&](int64_t at, int64_t count) {
-      sums_of(item, tensor)[at / kNormChunk<T>].size =
+      sums[at / kNormChunk<T>].size =
           chunk_size(tensor.rows.set.kind, tensor.param + item.first + at, count);
     });
   }
@@ -416,23 +418,20 @@ class ProjectedStep::Run {
     for (LongRow& row : self_.long_rows_) {
       const Tensor tensor(bucket_, row.tensor);
       row.search = {0, 1, SearchState::left_alone, 0};
-      if (!tensor.is_projected) continue;
-      const CoupledSet& set = tensor.rows.set;
-      if (!starts_inside(set, tensor.multipliers[row.row])) {
-        begin_long_row(&row, tensor);
-      } else if (!is_inside(set, size_of(row))) {
-        row.search.state = SearchState::searching;
+      if (!tensor.is_projected || !starts_inside(tensor.rows.set, tensor.multipliers[row.row])) {
+        continue;
       }
+      if (!is_inside(tensor.rows.set, size_of(row))) row.search.state = SearchState::searching;
     }
-    // Those whose bounds do not tell; others that are searched for have been evaluated too.
+    // Of those whose bounds do not tell.
     for_long_items(SearchState::searching, [&](const Item& item, const Tensor& tensor, Scratch&) {
-      if (!starts_inside(tensor.rows.set, last_multiplier(item, tensor))) return;
       add_sizes(item, tensor);
     });
     for (LongRow& row : self_.long_rows_) {
-      if (row.search.state != SearchState::searching) continue;
       const Tensor tensor(bucket_, row.tensor);
-      if (starts_inside(tensor.rows.set, tensor.multipliers[row.row])) begin_long_row(&row, tensor);
+      if (!tensor.is_projected) continue;
+      const bool has_bound = starts_inside(tensor.rows.set, tensor.multipliers[row.row]);
+      if (!has_bound || row.search.state == SearchState::searching) begin_long_row(&row, tensor);
     }
   }
 

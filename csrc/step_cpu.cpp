@@ -13,8 +13,8 @@ namespace {
 // The divisions and the root of a vector take so long that the processor looks too few vectors
 // ahead to keep the memory busy: ask for what comes some blocks later, into the tensor's next
 // chunk. Of a bucket that exceeds the caches without a place in the last of them, which would only
-// be written back from there: 3 to 6 percent faster on a Zen 2, where a bucket that they hold would
-// be slower by half. Chosen by measurement, as was the distance.
+// be written back from there; a bucket that they hold would be slower for it. Both, and the
+// distance, are chosen by measurement.
 constexpr int64_t kBlock = 64;
 constexpr int64_t kAhead = 3 * kBlock;
 

@@ -215,10 +215,7 @@ class Harness:
         return results
 
     def watched(
-        self,
-        command: Command,
-        cases: Sequence[StepCase],
-        records: Sequence[Sequence[Array]],
+        self, command: Command, cases: Sequence[StepCase], records: Sequence[Sequence[Array]]
     ) -> list[tuple[list[Array], list[TensorCase]]]:
         """Step every case, and return its records, int64 ``[item, word]`` a tensor, and tensors.
 
@@ -252,10 +249,7 @@ class Harness:
         return results
 
     def project(
-        self,
-        command: Command,
-        cases: Sequence[StepCase],
-        sets: Sequence[Sequence[SetCase]],
+        self, command: Command, cases: Sequence[StepCase], sets: Sequence[Sequence[SetCase]]
     ) -> list[ProjectResult]:
         """Step and project every case, a set a tensor: by threads' shares, or serially."""
         payload = b"".join(
@@ -373,12 +367,7 @@ def _integers(*values: int) -> bytes:
 
 def _step_input(command: Command, case: StepCase) -> Iterable[bytes]:
     yield _integers(
-        command,
-        case.seed,
-        case.pair,
-        case.second_moment,
-        len(case.scalars),
-        len(case.tensors),
+        command, case.seed, case.pair, case.second_moment, len(case.scalars), len(case.tensors)
     )
     yield np.array(case.scalars, np.float64).tobytes()
     for tensor in case.tensors:

@@ -147,8 +147,8 @@ NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
     "rows whose bound does not tell are left alone": (
         Fault(
             "csrc/projection_cpu.cpp",
-            "} else if (!is_inside(set, size_of(row))) {",
-            "} else if (false) {",
+            "if (!is_inside(tensor.rows.set, size_of(row))) row",
+            "if (false) row",
         ),
         bounds,
     ),
