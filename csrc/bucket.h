@@ -49,6 +49,7 @@ struct Bucket {
   const CoupledRows* sets;      // per tensor; null where no set couples elements
   ItemRecord* const* records;   // per tensor, of each of its items; null: the step is not watched
   bool exceeds_caches = false;  // of the CPU, which hold little of it from step to step
+  bool threads_are_awake = false;  // torch's on the CPU: they have just worked
 };
 
 // What selects a kernel, as types.

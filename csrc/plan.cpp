@@ -15,6 +15,8 @@ namespace {
 // A thread's least share, about 0.1 ms: less is done before another thread, on a busy machine, has
 // so much as begun.
 constexpr int64_t kParallelElements = 262144;
+// The same where the others have just worked, and wait for more.
+constexpr int64_t kParallelElementsAwake = 32768;
 // A thread's part of the last cache is less on most processors; what they say it is cannot be
 // relied on in virtual machines.
 constexpr int64_t kCachedBytes = 16 << 20;
@@ -24,9 +26,10 @@ constexpr int64_t kItemOverhead = 64;
 // Calls body(first, last) for shares of pieces of work, on torch's CPU threads. They are shared out
 // by cost, not by pieces: a ragged bucket would keep one thread waiting.
 template <typename Body>
-void for_shares(const std::vector<int64_t>& cost_before, const Body& body) {
+void for_shares(const std::vector<int64_t>& cost_before, const Body& body,
+                int64_t least = kParallelElements) {
   const auto count = static_cast<int64_t>(cost_before.size()) - 1;
-  at::parallel_for(0, cost_before.back(), kParallelElements, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, cost_before.back(), least, [&](int64_t first, int64_t last) {
     const auto piece_at = [&](int64_t cost) {
       return std::lower_bound(cost_before.begin(), cost_before.end(), cost) - cost_before.begin();
     };
@@ -112,11 +115,12 @@ Bucket Plan::bucket_of(const std::vector<const void*>& grads, const uint32_t* ro
 }
 
 void Plan::step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
-                const StepScalars<double>* scalars, int64_t scalar_count) {
+                const StepScalars<double>* scalars, int64_t scalar_count, bool threads_are_awake) {
   if (items_.empty()) return;
   Bucket bucket = bucket_of(grads, rows.data());
   bucket.scalars = scalars;
   bucket.scalar_count = scalar_count;
+  bucket.threads_are_awake = threads_are_awake;
   launch(bucket);
 }
 
@@ -179,7 +183,9 @@ void CpuPlan::launch_by_rows(Bucket bucket) {
   // A projection reads again what the step has just written.
   bucket.exceeds_caches = bucket.sets == nullptr && bytes_ > kCachedBytes * at::get_num_threads();
   const auto step_items = [&] {
-    for_shares(cost_before_, [&](int64_t first, int64_t last) { step_cpu(bucket, first, last); });
+    for_shares(
+        cost_before_, [&](int64_t first, int64_t last) { step_cpu(bucket, first, last); },
+        bucket.threads_are_awake ? kParallelElementsAwake : kParallelElements);
   };
   if (bucket.sets != nullptr) {
     if (bucket.records != nullptr) step_items();

@@ -34,8 +34,10 @@ class Plan {
             const std::vector<at::Tensor>& records = {});
 
   // Steps the bound tensors: tensor i by scalars[rows[i]], or not at all where grads[i] is null.
+  // Torch's CPU threads may be known to be awake.
   void step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
-            const StepScalars<double>* scalars, int64_t scalar_count);
+            const StepScalars<double>* scalars, int64_t scalar_count,
+            bool threads_are_awake = false);
   // The same by scalars derived on the device, which then counts the step.
   void step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
             const DeviceScalars& device_scalars);

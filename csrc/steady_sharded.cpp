@@ -39,7 +39,7 @@ PyObject* SteadyState::part_of(size_t index, PyObject* tensor, Specs::Which whic
 bool SteadyState::settle_specs(std::vector<py::object>* held) {
   std::vector<size_t> misplaced;
   const auto read = [&](size_t index, PyObject* part) {
-    const ParamLayout layout(*footprints_[index].tensors[0]);
+    const ParamLayout layout(*footprints_[index].places[0].tensor);
     const Member& member = members_[index];
     return read_gradient(index, layout, *THPVariable_Unpack(part).unsafeGetTensorImpl(),
                          &plans_[member.plan].grads[member.slot]);
@@ -138,7 +138,7 @@ void SteadyState::prefetch_sharded(size_t index, size_t end) const {
     if (stage == 4) {
       prefetch_bytes(&elements, sizeof(c10::TensorImpl));
     } else {
-      __builtin_prefetch(elements.unsafe_storage().unsafeGetStorageImpl());
+      __builtin_prefetch(storage_of(elements));
     }
   }
 }

@@ -43,8 +43,6 @@ const StateKeys& state_keys() {
 // A thread's least share of the members: about 0.1 ms.
 constexpr size_t kLeastMembers = 512;
 
-// What is read of a storage, its address and size, lies in its first bytes.
-constexpr size_t kStorageBytes = 64;
 // Of a small dict's keys: a header, a table of indices and three entries.
 constexpr size_t kKeysBytes = 96;
 
@@ -178,6 +176,7 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
                 step.grads.size(), " parameters has ", step.sets.size(), " sets");
   }
   last_rows_.resize(groups_.options().size());
+  values_.resize(members_.size());
   footprints_.resize(members_.size());
   if (sharded_ != nullptr) specs_.resize(members_.size());
   for (const auto& [key, value] : state) {
@@ -258,8 +257,8 @@ bool SteadyState::step(const py::handle& groups, const py::handle& state, Inputs
       step_on_device(step, inputs, any_on_device ? nullptr : skipped_steps);
       any_on_device = true;
     } else if (host_steps) {
-      step.plan->step(step.grads, step.rows, scalars_.data(),
-                      static_cast<int64_t>(scalars_.size()));
+      step.plan->step(step.grads, step.rows, scalars_.data(), static_cast<int64_t>(scalars_.size()),
+                      shares_.are_awake());
     }
   }
   if (!host_steps && !any_on_device && skipped_steps != nullptr) ++*skipped_steps;
@@ -319,28 +318,31 @@ bool SteadyState::check_state(PyObject* state) {
   if (!PyDict_Check(state) || PyDict_GET_SIZE(state) != static_cast<Py_ssize_t>(state_.size())) {
     return false;
   }
-  PyObject *key, *values;
-  Py_ssize_t position = 0;
-  for (size_t i = 0; PyDict_Next(state, &position, &key, &values); ++i) {
-    if (key != state_[i].key) return false;
-    if (state_[i].member >= 0) footprints_[state_[i].member].values = values;
-  }
+  const auto find_values = [&] {
+    PyObject *key, *values;
+    Py_ssize_t position = 0;
+    for (size_t i = 0; PyDict_Next(state, &position, &key, &values); ++i) {
+      if (key != state_[i].key) return false;
+      if (state_[i].member >= 0) values_[state_[i].member] = values;
+    }
+    return true;
+  };
   std::atomic<bool> unchanged = true;
-  shares_.walk(members_.size(), kLeastMembers, [&](size_t first, size_t last) {
+  const auto read = [&](size_t first, size_t last) {
     for (size_t i = first; i < last; ++i) {
       prefetch(i, first, last);
       if (!specs_.empty()) prefetch_sharded(i, last);
       const Member& member = members_[i];
       PlanStep& step = plans_[member.plan];
       TensorEntry entry;
-      if (!read_member(i, footprints_[i].values, &entry, &step.grads[member.slot]) ||
+      if (!read_member(i, values_[i], &entry, &step.grads[member.slot]) ||
           !(entry == step.plan->tensors()[member.slot])) {
         unchanged = false;
         return;
       }
     }
-  });
-  return unchanged;
+  };
+  return shares_.walk(members_.size(), kLeastMembers, find_values, read) && unchanged;
 }
 
 // In three stages, each of which reads what the one before fetched: what does not move, the
@@ -357,32 +359,36 @@ void SteadyState::prefetch(size_t index, size_t first, size_t end) const {
 
 void SteadyState::prefetch_fixed(size_t index) const {
   const Footprint& footprint = footprints_[index];
-  prefetch_bytes(footprint.values, sizeof(PyDictObject));
+  prefetch_part(values_[index], offsetof(PyObject, ob_type), sizeof(PyDictObject));
   __builtin_prefetch(footprint.version_counter, 1);
   __builtin_prefetch(footprint.grad);
   for (int i = 0; i < Footprint::kTensors; ++i) {
-    if (footprint.tensors[i] == nullptr) continue;
-    prefetch_bytes(footprint.objects[i], sizeof(THPVariable));
-    prefetch_bytes(footprint.tensors[i], sizeof(c10::TensorImpl));
-    if (footprint.storages[i] != nullptr) prefetch_bytes(footprint.storages[i], kStorageBytes);
+    const Footprint::Place& place = footprint.places[i];
+    if (place.tensor == nullptr) continue;
+    prefetch_object(place.object);
+    if (place.storage == nullptr) {
+      prefetch_ends(place.tensor);
+    } else {
+      prefetch_tensor(place.tensor);
+      prefetch_storage(place.storage);
+    }
   }
 }
 
 void SteadyState::prefetch_gradient(size_t index) const {
-  if (PyObject* const values = footprints_[index].values; PyDict_CheckExact(values)) {
+  if (PyObject* const values = values_[index]; PyDict_CheckExact(values)) {
     prefetch_bytes(reinterpret_cast<PyDictObject*>(values)->ma_keys, kKeysBytes);
   }
   const c10::TensorImpl& param = *THPVariable_Unpack(members_[index].param).unsafeGetTensorImpl();
   if (const at::Tensor* grad = gradient_of(param)) {
-    prefetch_bytes(grad->unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
+    prefetch_tensor(grad->unsafeGetTensorImpl());
   }
 }
 
 void SteadyState::prefetch_gradient_storage(size_t index) const {
   const c10::TensorImpl& param = *THPVariable_Unpack(members_[index].param).unsafeGetTensorImpl();
   if (const at::Tensor* grad = gradient_of(param)) {
-    prefetch_bytes(grad->unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl(),
-                   kStorageBytes);
+    prefetch_storage(storage_of(*grad->unsafeGetTensorImpl()));
   }
 }
 
@@ -415,12 +421,11 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
             nullptr,
             layout.numel() << member.is_complex,
             nullptr};
-  footprint.values = values;
-  footprint.grad = gradient_slot(owner);
-  footprint.version_counter = counter_of(param.version_counter());
-  footprint.objects[0] = member.param;
-  footprint.tensors[0] = &param;
-  footprint.storages[0] = param.unsafe_storage().unsafeGetStorageImpl();
+  const void* const slot = gradient_slot(owner);
+  if (footprint.grad != slot) footprint.grad = slot;
+  const void* const counter = counter_of(param.version_counter());
+  if (footprint.version_counter != counter) footprint.version_counter = counter;
+  footprint.places[0].note({member.param, &param, storage_of(param)});
 
   if (!PyDict_CheckExact(values)) return false;
   const StateKeys& keys = state_keys();
@@ -438,27 +443,26 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
     if (!THPVariable_CheckExact(value)) return false;
     c10::TensorImpl& tensor = *THPVariable_Unpack(value).unsafeGetTensorImpl();
     ++found;
-    footprint.objects[found] = value;
-    footprint.tensors[found] = &tensor;
     if (name == StateKeys::step) {
       // The bounds are false for a count that is no number, too.
-      const bool is_ours = tensor.unsafe_storage().unsafeGetStorageImpl() == step.steps_storage &&
+      const bool is_ours = storage_of(tensor) == step.steps_storage &&
                            tensor.storage_offset() == static_cast<int64_t>(member.slot) &&
                            tensor.dtype() == caffe2::TypeMeta::Make<float>() && tensor.numel() == 1;
       if (!is_ours) return false;
       const bool counts = !step.host_counts ||
                           (step.counts[member.slot] >= 0 && step.counts[member.slot] <= kMostSteps);
       if (!counts) return false;
+      // All counts are of one storage, which stays in the caches.
+      footprint.places[found].note({value, &tensor, nullptr});
       continue;
     }
+    footprint.places[found].note({value, &tensor, storage_of(tensor)});
     if (name == StateKeys::multiplier) {
       if (!read_multipliers(member, tensor, entry)) return false;
-      footprint.storages[found] = tensor.unsafe_storage().unsafeGetStorageImpl();
       continue;
     }
     const ElementType moment_type = step.moment_types[member.is_complex];
     if (!layout.holds_for(tensor, moment_type)) return false;
-    footprint.storages[found] = tensor.unsafe_storage().unsafeGetStorageImpl();
     void* const address = layout.mutable_address(tensor, moment_type.bytes);
     if (name == StateKeys::exp_avg) {
       entry->exp_avg = address;
@@ -493,7 +497,7 @@ bool SteadyState::read_multipliers(const Member& member, const c10::TensorImpl& 
   if (rows == 0) return true;
   const auto bytes = static_cast<int64_t>(tensor.unsafe_storage().nbytes());
   if (bytes < (tensor.storage_offset() + rows) * kBytes) return false;
-  void* const storage = tensor.unsafe_storage().unsafeGetStorageImpl()->mutable_data();
+  void* const storage = storage_of(tensor)->mutable_data();
   entry->multipliers = static_cast<double*>(storage) + tensor.storage_offset();
   return true;
 }

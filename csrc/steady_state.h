@@ -99,12 +99,21 @@ class SteadyState {
   // memory, which are prefetched some members ahead. Never followed, so they may be out of date.
   struct Footprint {
     static constexpr int kTensors = 6;  // parameter, moments, step, multiplier
-    PyObject* values = nullptr;
+    struct Place {
+      const void* object = nullptr;
+      const c10::TensorImpl* tensor = nullptr;
+      const c10::StorageImpl* storage = nullptr;  // null: not fetched
+
+      // Written only where another is found: what stays clean need not go back to memory.
+      void note(const Place& found) {
+        if (object != found.object || tensor != found.tensor || storage != found.storage) {
+          *this = found;
+        }
+      }
+    };
     const void* grad = nullptr;
     const void* version_counter = nullptr;
-    const void* objects[kTensors] = {};
-    const c10::TensorImpl* tensors[kTensors] = {};
-    const c10::StorageImpl* storages[kTensors] = {};
+    Place places[kTensors];
   };
   struct StateEntry {
     PyObject* key;
@@ -172,6 +181,7 @@ class SteadyState {
 
   SteadyGroups groups_;
   std::vector<Member> members_;
+  std::vector<PyObject*> values_;      // by member, in this step, borrowed
   std::vector<Footprint> footprints_;  // by member
   std::shared_ptr<ShardedClass> sharded_;
   std::vector<Specs> specs_;  // by member, if any is sharded
@@ -190,9 +200,7 @@ inline bool SteadyState::read_gradient(size_t index, const ParamLayout& layout,
   const ElementType grad_type = plans_[member.plan].grad_types[member.is_complex];
   if (!layout.holds_for(gradient, grad_type)) return false;
   // Read while it is written: the check in Python says what to do.
-  if (gradient.unsafe_storage().unsafeGetStorageImpl() == footprints_[index].storages[0]) {
-    return false;
-  }
+  if (storage_of(gradient) == footprints_[index].places[0].storage) return false;
   // One without elements may have no address, and yet counts as a gradient.
   *grad = layout.numel() == 0 ? &kEmptyGradient : layout.address(gradient, grad_type.bytes);
   return true;

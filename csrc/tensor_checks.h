@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/TensorImpl.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <cstddef>
@@ -13,6 +14,10 @@ namespace adamal {
 
 // A gradient without elements may have no address, and yet counts as one.
 inline constexpr char kEmptyGradient = 0;
+
+inline c10::StorageImpl* storage_of(const c10::TensorImpl& tensor) {
+  return tensor.unsafe_storage().unsafeGetStorageImpl();
+}
 
 // A tensor type, and the bytes of an element, which torch keeps in a table.
 struct ElementType {
@@ -61,13 +66,13 @@ class ParamLayout {
   // of them is written are parted first.
   void* mutable_address(const c10::TensorImpl& tensor, size_t element_bytes) const {
     if (numel_ == 0) return nullptr;
-    void* const storage = tensor.unsafe_storage().unsafeGetStorageImpl()->mutable_data();
-    return static_cast<char*>(storage) + tensor.storage_offset() * element_bytes;
+    return static_cast<char*>(storage_of(tensor)->mutable_data()) +
+           tensor.storage_offset() * element_bytes;
   }
 
   const void* address(const c10::TensorImpl& tensor, size_t element_bytes) const {
-    const void* const storage = tensor.unsafe_storage().unsafeGetStorageImpl()->data();
-    return static_cast<const char*>(storage) + tensor.storage_offset() * element_bytes;
+    return static_cast<const char*>(storage_of(tensor)->data()) +
+           tensor.storage_offset() * element_bytes;
   }
 
  private:
@@ -113,6 +118,35 @@ inline void prefetch_bytes(const void* address, size_t bytes) {
   for (size_t i = 0; i < bytes; i += kLine) prefetch_line(first + i);
   // They may begin in the middle of a line.
   prefetch_line(first + bytes - 1);
+}
+
+// Bytes [begin, end) of an object, which are those that are read: a line more is one in vain.
+inline void prefetch_part(const void* object, size_t begin, size_t end) {
+  prefetch_bytes(static_cast<const char*>(object) + begin, end - begin);
+}
+
+// The type of one of Python's tensors, and its address.
+inline void prefetch_object(const void* tensor) {
+  prefetch_part(tensor, offsetof(PyObject, ob_type),
+                offsetof(THPVariable, cdata) + sizeof(THPVariable::cdata));
+}
+
+// What follows the counts of references.
+inline void prefetch_tensor(const void* tensor) {
+  prefetch_part(tensor, sizeof(c10::intrusive_ptr_target), sizeof(c10::TensorImpl));
+}
+
+// The same without the sizes and strides: the storage and, last of all, offset, size and type.
+inline void prefetch_ends(const void* tensor) {
+  constexpr size_t kFirst = sizeof(c10::intrusive_ptr_target), kLastBytes = 32;
+  prefetch_part(tensor, kFirst, kFirst + sizeof(c10::Storage));
+  prefetch_part(tensor, sizeof(c10::TensorImpl) - kLastBytes, sizeof(c10::TensorImpl));
+}
+
+// Up to the size and the flags after it.
+inline void prefetch_storage(const void* storage) {
+  constexpr size_t kEnd = 60;
+  prefetch_part(storage, sizeof(c10::intrusive_ptr_target), kEnd);
 }
 
 }  // namespace adamal

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <thread>
 #include <vector>
 
 namespace adamal {
@@ -21,13 +22,22 @@ class ThreadShares {
   // may read Python's objects while the caller, who waits for them, holds the GIL for all.
   template <typename Body>
   void walk(size_t count, size_t least, const Body& body) {
+    walk(count, least, [] { return true; }, body);
+  }
+
+  // The same after the caller's prepare(), during which the others are woken; false, and no body
+  // called, where prepare() returns false.
+  template <typename Prepare, typename Body>
+  bool walk(size_t count, size_t least, const Prepare& prepare, const Body& body) {
     using Clock = std::chrono::steady_clock;
     const size_t threads =
         std::min<size_t>(at::get_num_threads(), std::max<size_t>(1, count / least));
-    if (walks_alone_ > 0 || threads == 1) {
+    is_shared_ = walks_alone_ == 0 && threads > 1;
+    if (!is_shared_) {
       walks_alone_ -= walks_alone_ > 0;
+      if (!prepare()) return false;
       if (count > 0) body(0, count);
-      return;
+      return true;
     }
     std::vector<Share> shares(threads);
     for (size_t i = 0; i < threads; ++i) {
@@ -35,7 +45,22 @@ class ThreadShares {
       shares[i].end = count * (i + 1) / threads;
     }
     const Clock::time_point start = Clock::now();
+    std::atomic<Prepared> prepared = Prepared::not_yet;
     at::parallel_for(0, static_cast<int64_t>(threads), 1, [&](int64_t first, int64_t last) {
+      if (first == 0) {
+        // The caller's; should it throw, the others go home.
+        struct Announce {
+          std::atomic<Prepared>* to;
+          Prepared what = Prepared::in_vain;
+          ~Announce() { to->store(what, std::memory_order_release); }
+        } announce{&prepared};
+        if (prepare()) announce.what = Prepared::well;
+      }
+      Prepared found;
+      while ((found = prepared.load(std::memory_order_acquire)) == Prepared::not_yet) {
+        std::this_thread::yield();
+      }
+      if (found == Prepared::in_vain) return;
       for (int64_t own = first; own < last; ++own) {
         for (size_t i = 0; i < threads; ++i) take(&shares[(own + i) % threads], body);
       }
@@ -43,13 +68,19 @@ class ThreadShares {
     // All of them have to come before the caller goes on. Where the machine is busy, one comes
     // milliseconds late: then this thread walks alone for a while.
     if (Clock::now() - start > count * kLate) walks_alone_ = kWalksAlone;
+    return prepared.load(std::memory_order_relaxed) == Prepared::well;
   }
+
+  // Whether several threads shared the last walk, and all came in time: now they wait for more.
+  bool are_awake() const { return is_shared_ && walks_alone_ == 0; }
 
  private:
   static constexpr size_t kPart = 128;
   static constexpr int kWalksAlone = 64;
   // More than one thread takes for a member, on the slowest machine seen.
   static constexpr std::chrono::nanoseconds kLate{1000};
+
+  enum class Prepared { not_yet, well, in_vain };
 
   struct alignas(64) Share {
     std::atomic<size_t> next;
@@ -65,6 +96,7 @@ class ThreadShares {
   }
 
   int walks_alone_ = 0;  // that are still to come
+  bool is_shared_ = false;
 };
 
 }  // namespace adamal
