@@ -94,6 +94,17 @@ struct Ordered {
     memcpy(&value, &key, sizeof(value));
     return value;
   }
+
+  // The same of numbers of both signs, and of no NaN.
+  ADAMAL_HD static Key signed_key_of(T value) {
+    Key key;
+    memcpy(&key, &value, sizeof(key));
+    return flipped(key);
+  }
+  ADAMAL_HD static T value_of_signed(Key key) { return value_of(flipped(key)); }
+
+ private:
+  ADAMAL_HD static Key flipped(Key key) { return key ^ (key >> (8 * sizeof(Key) - 1) & kLargest); }
 };
 
 // What some elements came to.
@@ -102,7 +113,7 @@ struct Seen {
   using Key = typename Ordered<T>::Key;
 
   uint32_t grown;
-  // Of what denominators are made of.
+  // Of the roots that denominators are made of.
   Key smallest;
   Key largest;
   T least_change;
@@ -118,8 +129,8 @@ struct Seen {
   // Of one element, whose denominator was made of `before` in the last step and is of `after` now.
   ADAMAL_HD void add_element(T before, T after, const BudgetChange<T>& change) {
     using std::sqrt;
-    const Key key = Ordered<T>::key_of(after);
     const T root = sqrt(after);
+    const Key key = Ordered<T>::key_of(root);
     grown += after > before;
     add_range(key, key);
     add_change(change.at(after == before ? root : sqrt(before), root));
@@ -139,9 +150,8 @@ struct Seen {
 template <typename T>
 ADAMAL_HD inline void record_step(const Seen<T>& seen, const StepScalars<T>& s, Budget<T> now,
                                   ItemRecord* record) {
-  using std::sqrt;
-  const T largest = sqrt(Ordered<T>::value_of(seen.largest)) / s.bias2_sqrt + s.eps;
-  const T smallest = sqrt(Ordered<T>::value_of(seen.smallest)) / s.bias2_sqrt + s.eps;
+  const T largest = Ordered<T>::value_of(seen.largest) / s.bias2_sqrt + s.eps;
+  const T smallest = Ordered<T>::value_of(seen.smallest) / s.bias2_sqrt + s.eps;
   const bool is_defined = BudgetChange<T>(Budget<T>::of(*record), now).is_defined();
   record->steps += 1;
   if (seen.grown > 0) {

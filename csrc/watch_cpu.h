@@ -27,11 +27,11 @@ class Watched {
   // Adds to what has been seen, of which only the change need be of this item.
   Watched(const BudgetChange<T>& change, Seen<T>* seen) : change_(change), seen_(seen) {}
 
-  // Element i of a block.
+  // Element i of a block. Its step takes the same root.
   ADAMAL_FLATTENED void see(int64_t i, T before, T after) {
     using std::sqrt;
     before_[held_ + i] = before;
-    if constexpr (kFalls) changes_[held_ + i] = change_.at(sqrt(before), sqrt(after));
+    roots_[held_ + i] = sqrt(after);
   }
 
   // After the last of a block's `count` elements, of which `after` has what v is now.
@@ -47,60 +47,47 @@ class Watched {
 
   static constexpr bool kFalls = kSecondMoment == SecondMoment::plain;
   static constexpr int64_t kHeld = 4 * kBlock;
-  // Least values side by side, which compilers vectorise where they do not a single one's.
-  static constexpr int64_t kLanes = 32;
 
   ADAMAL_FLATTENED void look(const T* after, int64_t count) {
     Key grown = 0, smallest = Ordered<T>::kLargest, largest = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const Key key = Ordered<T>::key_of(after[i]);
+      const Key key = Ordered<T>::key_of(roots_[i]);
       grown += after[i] > before_[i];
       smallest = key < smallest ? key : smallest;
       largest = key > largest ? key : largest;
     }
     Seen<T> seen{static_cast<uint32_t>(grown), smallest, largest, T(INFINITY)};
-    if constexpr (kFalls) {
-      seen.add_change(least(count, [&](int64_t i) { return changes_[i]; }));
-    } else {
-      // No change is less than where v stands still, and that is least at one end of the roots, by
-      // the same roundings: most elements need not be looked at again, for the roots that v had.
-      const T roots[] = {std::sqrt(Ordered<T>::value_of(smallest)),
-                         std::sqrt(Ordered<T>::value_of(largest))};
-      for (const T root : roots) seen.add_change(change_.where_v_stands_still(root));
-      // But for roots that are not finite, or were multiplied by what was not: elements with these
-      // have no change, and hide one that has.
-      const bool is_bound = roots[1] < T(INFINITY) && change_.last_scale < T(INFINITY);
-      if (!is_bound || (grown > 0 && seen.least_change < seen_->least_change)) {
-        seen.least_change = least(count, [&](int64_t i) {
-          return change_.at(std::sqrt(before_[i]), std::sqrt(after[i]));
-        });
-      }
+    // Where v does not fall, no change is less than where it stands still, and that is least at one
+    // end of the roots, by the same roundings: most elements need not be looked at again, for the
+    // roots that v had.
+    const T ends[] = {Ordered<T>::value_of(smallest), Ordered<T>::value_of(largest)};
+    for (const T root : ends) seen.add_change(change_.where_v_stands_still(root));
+    // But for roots that are not finite, or were multiplied by what was not: elements with these
+    // have no change, and hide one that has.
+    const bool is_bound = !kFalls && ends[1] < T(INFINITY) && change_.last_scale < T(INFINITY);
+    if (!is_bound || (grown > 0 && seen.least_change < seen_->least_change)) {
+      seen.least_change = least(count);
     }
     seen_->add(seen);
   }
 
-  template <typename Change>
-  ADAMAL_FLATTENED T least(int64_t count, const Change& change_at) {
-    T lanes[kLanes];
-    const int64_t used = std::min(count, kLanes);
-    std::fill_n(lanes, used, T(INFINITY));
-    for (int64_t first = 0; first < count; first += kLanes) {
-      const int64_t here = std::min(count - first, kLanes);
-      for (int64_t i = 0; i < here; ++i) {
-        const T change = change_at(first + i);
-        lanes[i] = change < lanes[i] ? change : lanes[i];
-      }
+  // As integers of the same order, whose least one compilers vectorise where they do not a float's.
+  ADAMAL_FLATTENED T least(int64_t count) {
+    using std::sqrt;
+    Key least = Ordered<T>::key_of(T(INFINITY));
+    for (int64_t i = 0; i < count; ++i) {
+      const T change = change_.at(sqrt(before_[i]), roots_[i]);
+      const Key key = Ordered<T>::signed_key_of(change == change ? change : T(INFINITY));
+      least = key < least ? key : least;
     }
-    T least = T(INFINITY);
-    for (int64_t i = 0; i < used; ++i) least = lanes[i] < least ? lanes[i] : least;
-    return least;
+    return Ordered<T>::value_of_signed(least);
   }
 
   BudgetChange<T> change_;
   Seen<T>* seen_;
   int64_t held_ = 0;
   T before_[kHeld];
-  T changes_[kFalls ? kHeld : 1];
+  T roots_[kHeld];
 };
 
 }  // namespace adamal
