@@ -34,7 +34,7 @@ class Plan {
             const std::vector<at::Tensor>& records = {});
 
   // Steps the bound tensors: tensor i by scalars[rows[i]], or not at all where grads[i] is null.
-  // Torch's CPU threads may be known to be awake.
+  // Where torch's CPU threads are known to be awake, they share what is not worth waking them.
   void step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
             const StepScalars<double>* scalars, int64_t scalar_count,
             bool threads_are_awake = false);

@@ -187,6 +187,7 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
 
 void SteadyState::clear() {
   members_.clear();
+  values_.clear();
   specs_.clear();
   state_.clear();
   groups_.clear();
@@ -241,6 +242,9 @@ bool SteadyState::step(const py::handle& groups, const py::handle& state, Inputs
     step.has_grads = step.has_grads || step.grads[member.slot] != nullptr;
   }
   if (!can_use(inputs)) return false;
+  // Waiting for other processes they fall asleep.
+  const bool threads_are_awake =
+      shares_.are_awake() && redistributed.empty() && !std::isfinite(inputs.max_grad_norm);
   // The GIL is kept: only it holds the tensors whose addresses are used here.
   if (std::isfinite(inputs.max_grad_norm)) {
     std::vector<at::Tensor> sums;
@@ -258,7 +262,7 @@ bool SteadyState::step(const py::handle& groups, const py::handle& state, Inputs
       any_on_device = true;
     } else if (host_steps) {
       step.plan->step(step.grads, step.rows, scalars_.data(), static_cast<int64_t>(scalars_.size()),
-                      shares_.are_awake());
+                      threads_are_awake);
     }
   }
   if (!host_steps && !any_on_device && skipped_steps != nullptr) ++*skipped_steps;

@@ -66,17 +66,24 @@ class ThreadShares {
       }
     });
     // All of them have to come before the caller goes on. Where the machine is busy, one comes
-    // milliseconds late: then this thread walks alone for a while.
-    if (Clock::now() - start > count * kLate) walks_alone_ = kWalksAlone;
+    // milliseconds late: then this thread walks alone for a while, and longer each time that one
+    // is late again.
+    if (Clock::now() - start > count * kLate) {
+      walks_alone_ = penalty_;
+      penalty_ = std::min(2 * penalty_, kMostWalksAlone);
+    } else {
+      penalty_ = std::max(penalty_ / 2, kLeastWalksAlone);
+    }
     return prepared.load(std::memory_order_relaxed) == Prepared::well;
   }
 
-  // Whether several threads shared the last walk, and all came in time: now they wait for more.
+  // Whether several threads shared the last walk, and all came in time: by torch's defaults they
+  // now wait for more, for a while.
   bool are_awake() const { return is_shared_ && walks_alone_ == 0; }
 
  private:
   static constexpr size_t kPart = 128;
-  static constexpr int kWalksAlone = 64;
+  static constexpr int kLeastWalksAlone = 2, kMostWalksAlone = 64;
   // More than one thread takes for a member, on the slowest machine seen.
   static constexpr std::chrono::nanoseconds kLate{1000};
 
@@ -95,7 +102,8 @@ class ThreadShares {
     }
   }
 
-  int walks_alone_ = 0;  // that are still to come
+  int walks_alone_ = 0;             // that are still to come
+  int penalty_ = kLeastWalksAlone;  // for the next that is late, in walks alone
   bool is_shared_ = false;
 };
 

@@ -1,7 +1,6 @@
 // How the CPU step watches its elements: in loops that compilers vectorise, and with few roots.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -19,8 +18,8 @@ struct Unwatched {
 };
 
 // Watches the elements of one item, in blocks of kBlock but for the last: the step's loop keeps
-// what v was, and a loop of its own, which has registers for what it finds, looks at some blocks
-// that are in the first cache still.
+// what v was and the root of what it is, and a loop of its own, which has registers for what it
+// finds, looks at some blocks that are in the first cache still.
 template <SecondMoment kSecondMoment, int64_t kBlock, typename T>
 class Watched {
  public:

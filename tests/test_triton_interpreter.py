@@ -259,6 +259,10 @@ def test_what_is_not_projected(interpreted: Run, plan: str, capturable: bool, lo
     interpreted(projection_checks.check_not_projected, plan, capturable, long)
 
 
+def test_what_is_watched_of_moments_that_no_step_makes(interpreted: Run) -> None:
+    interpreted(checks.check_watched_moments)
+
+
 def test_available_in_the_interpreter(interpreted: Run) -> None:
     interpreted(checks.check_availability)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from strange_moments import watch_strange_moments
 from support import DEVICES, Place
 from test_steady_state import REPEATED, checked  # noqa: F401
 from torch import Tensor
@@ -148,6 +149,17 @@ def test_what_is_not_finite(place: Place) -> None:
     assert math.isnan(found.largest_step)
     assert found.least_budget_change == 2.0
     assert found.grown_fraction == 2 / 3
+
+
+@pytest.mark.parametrize("amsgrad", [False, True, None])
+def test_moments_that_no_step_makes(place: Place, amsgrad: bool | None) -> None:
+    kind = (AdamAL, {}) if amsgrad is None else (Adam, {"amsgrad": amsgrad})
+    found, expected = (
+        watch_strange_moments(backend, place.device, kind[0], **kind[1])
+        for backend in (place.backend, "reference")
+    )
+    for seen, wanted in zip(found, expected, strict=True):
+        assert same_bits(seen, wanted)
 
 
 def test_nothing_yet(place: Place) -> None:

@@ -118,10 +118,6 @@ def made(pair: int, second_moment: SecondMoment, *, extreme: bool) -> StepCase:
     case = StepCase(pair, second_moment, [], [], seed=pair)
     for i, size in enumerate(SIZES):
         tensor = make_tensor(rng, case, size, extreme=extreme, misaligned={"grad": i % 2})
-        # A sum of squares is not negative.
-        for moment in (tensor.exp_avg_sq, tensor.max_exp_avg_sq):
-            if moment is not None:
-                moment[moment < 0] = np.inf
         case.tensors.append(replace(tensor, grad=None) if i == 3 else tensor)
     return case
 

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from strange_moments import watch_strange_moments
 from torch import Tensor
 
-from adamal_kernels import AdamAL
+from adamal_kernels import Adam, AdamAL
 from adamal_kernels.backends.reference import ReferenceBackend
 from adamal_kernels.backends.triton import TritonBackend
 from adamal_kernels.backends.triton_plan import TensorEntry
@@ -496,6 +497,16 @@ def check_python_work(groups: int) -> None:
         triton_kernels.step_kernel = kernel
     assert many == one
     assert "launch" in one
+
+
+def check_watched_moments() -> None:
+    """Check what is watched of moments that no step makes."""
+    for cls, options in ((AdamAL, {}), (Adam, {}), (Adam, {"amsgrad": True})):
+        found, expected = (
+            watch_strange_moments(backend, CPU, cls, **options)
+            for backend in ("triton", "reference")
+        )
+        assert all(map(same_bits, found, expected))
 
 
 def check_scalars_are_rounded_once(plan: str) -> None:

@@ -33,7 +33,7 @@ def _store(word, value):
 
 @triton.jit
 def _denominator(key, COMPUTE: tl.constexpr, bias2_sqrt, eps):
-    return divide(sqrt(key.to(COMPUTE, bitcast=True)), bias2_sqrt) + eps
+    return divide(key.to(COMPUTE, bitcast=True), bias2_sqrt) + eps
 
 
 @triton.jit
@@ -85,13 +85,13 @@ def watched_step_kernel(
 
         exists = tl.arange(0, _BLOCK) < count
         grown = tl.sum((exists & (after > before)).to(tl.int32), axis=0).to(tl.int64)
+        root = sqrt(after)
         # Numbers that are not negative as integers of the same order; NaN is the largest.
         KEY: tl.constexpr = tl.int64 if tl.float64 == COMPUTE else tl.int32
         MAX: tl.constexpr = 0x7FFFFFFFFFFFFFFF if tl.float64 == COMPUTE else 0x7FFFFFFF
-        key = after.to(KEY, bitcast=True) & MAX
+        key = root.to(KEY, bitcast=True) & MAX
         smallest = tl.min(tl.where(exists, key, MAX), axis=0)
         largest = tl.max(tl.where(exists, key, 0), axis=0)
-        root = sqrt(after)
         change = multiply(root, scale_change, PACKS) + offset_change
         change = change + multiply(last_scale, root - sqrt(before), PACKS)
         least = tl.min(tl.where(exists & (change == change), change, _INFINITY), axis=0)
