@@ -84,11 +84,7 @@ struct Ordered {
   using Key = typename SignedOf<sizeof(T)>::type;
   static constexpr Key kLargest = sizeof(T) == 4 ? Key(0x7fffffff) : Key(0x7fffffffffffffff);
 
-  ADAMAL_HD static Key key_of(T value) {
-    Key key;
-    memcpy(&key, &value, sizeof(key));
-    return key & kLargest;
-  }
+  ADAMAL_HD static Key key_of(T value) { return bits_of(value) & kLargest; }
   ADAMAL_HD static T value_of(Key key) {
     T value;
     memcpy(&value, &key, sizeof(value));
@@ -96,14 +92,15 @@ struct Ordered {
   }
 
   // The same of numbers of both signs, and of no NaN.
-  ADAMAL_HD static Key signed_key_of(T value) {
-    Key key;
-    memcpy(&key, &value, sizeof(key));
-    return flipped(key);
-  }
+  ADAMAL_HD static Key signed_key_of(T value) { return flipped(bits_of(value)); }
   ADAMAL_HD static T value_of_signed(Key key) { return value_of(flipped(key)); }
 
  private:
+  ADAMAL_HD static Key bits_of(T value) {
+    Key bits;
+    memcpy(&bits, &value, sizeof(bits));
+    return bits;
+  }
   ADAMAL_HD static Key flipped(Key key) { return key ^ (key >> (8 * sizeof(Key) - 1) & kLargest); }
 };
 
