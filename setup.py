@@ -45,6 +45,7 @@ SOURCES = {
         "csrc/projection_cpu.cpp",
         "csrc/sharded_class.cpp",
         "csrc/steady_groups.cpp",
+        "csrc/steady_members.cpp",
         "csrc/steady_sharded.cpp",
         "csrc/steady_state.cpp",
         "csrc/step_cpu.cpp",

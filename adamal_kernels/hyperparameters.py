@@ -29,7 +29,7 @@ __all__ = [
 
 Number = TypeVar("Number", float, Tensor)
 
-# More than the largest count that a steady step takes (kMostSteps in csrc/steady_state.cpp).
+# More than the largest count that a steady step takes (kMostSteps in csrc/steady_members.cpp).
 _COUNT_BITS = 40
 # torch.nn.utils.clip_grad_norm_ adds it to the norm.
 _CLIP_EPS = 1e-6

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import _profiler_enabled
+from torch.compiler import is_compiling
 from torch.optim.optimizer import (
     Optimizer,
     ParamsT,
@@ -36,6 +38,8 @@ from .watch_records import WatchRecords
 
 __all__ = ["Adam", "AdamAL", "AdamALW", "AdamW"]
 
+_NO_INPUTS = StepInputs()
+
 
 def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     """Run step hooks and the profiler's record only where there are any.
@@ -52,7 +56,7 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or (not torch.compiler.is_compiling() and torch.autograd._profiler_enabled())
+            or (not is_compiling() and _profiler_enabled())
         ):
             return recorded(self, *args, **kwargs)
         return step(self, *args, **kwargs)
@@ -66,7 +70,7 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def _check_is_eager(name: str) -> None:
     """The step sets such attributes when it runs, not when torch.compile traces it."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         raise RuntimeError(f"{name} cannot be compiled; read it outside of the compiled function")
 
 
@@ -167,7 +171,7 @@ class _AdamBase(Optimizer):
             RuntimeError, TypeError, ValueError, NotImplementedError: an option, a gradient or a
                 state tensor cannot be used; no parameter and no state has been changed then.
         """
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return compiled.step(self, closure)
         is_captured = check_capturable(self.param_groups, type(self).__name__)
         loss = None
@@ -272,15 +276,19 @@ class _AdamBase(Optimizer):
 
     def _inputs(self) -> StepInputs:
         # torch.amp.GradScaler sets both before it calls step(), and takes them away again.
-        given = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-        for name, value in given.items():
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        if grad_scale is None and found_inf is None and self._max_grad_norm is None:
+            return _NO_INPUTS
+        for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
             if value is not None and (not isinstance(value, Tensor) or value.numel() != 1):
                 raise TypeError(
                     f"optimizer.{name} must be a Tensor of one element, as torch.amp.GradScaler "
                     f"sets it, or None; got {value!r}"
                 )
         return StepInputs(
-            **given,
+            grad_scale,
+            found_inf,
             max_grad_norm=math.inf if self._max_grad_norm is None else self._max_grad_norm,
         )
 

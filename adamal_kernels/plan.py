@@ -110,7 +110,8 @@ class Plan:
             self._steady_state = None
         self._records = records
         if repeats and self._steady_state is not None:
-            inputs = inputs._replace(skipped_steps=self.skipped_steps)
+            if self.skipped_steps is not None:
+                inputs = inputs._replace(skipped_steps=self.skipped_steps)
             if self._steady_state.step(param_groups, state, *inputs, self._norm_of_bound):
                 return
             self._steady_state = None

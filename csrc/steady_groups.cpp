@@ -16,8 +16,6 @@ namespace py = pybind11;
 namespace adamal {
 namespace {
 
-// A thread's least share of the groups.
-constexpr size_t kLeastGroups = 512;
 // Of a group's keys: a header, a table of indices and the entries.
 constexpr size_t kKeysBytes = 320;
 
@@ -188,18 +186,20 @@ void SteadyGroups::prefetch(size_t index, size_t end) const {
   if (index + kFarAhead < end) {
     const Group& group = groups_[index + kFarAhead];
     prefetch_bytes(group.dict.ptr(), sizeof(PyDictObject));
-    for (const Item& item : group.items) {
-      if (item.kind == Kind::params) prefetch_bytes(item.value.ptr(), sizeof(PyListObject));
-    }
+    prefetch_bytes(group.params, sizeof(PyListObject));
   }
   if (index + kAhead < end) {
-    PyObject* const dict = groups_[index + kAhead].dict.ptr();
-    prefetch_bytes(reinterpret_cast<PyDictObject*>(dict)->ma_keys, kKeysBytes);
+    const Group& group = groups_[index + kAhead];
+    PyObject* const dict = group.dict.ptr();
+    if (!group.version.is_of(dict)) {
+      prefetch_bytes(reinterpret_cast<PyDictObject*>(dict)->ma_keys, kKeysBytes);
+    }
   }
 }
 
-bool SteadyGroups::is_unchanged(const Group& group) const {
+bool SteadyGroups::is_unchanged(Group& group) const {
   PyObject* const dict = group.dict.ptr();
+  if (group.version.is_of(dict)) return check_params(group, group.params);
   if (PyDict_GET_SIZE(dict) != static_cast<Py_ssize_t>(group.items.size())) return false;
   PyObject *key, *value, *params = nullptr;
   Py_ssize_t position = 0;
@@ -213,7 +213,10 @@ bool SteadyGroups::is_unchanged(const Group& group) const {
     }
   }
   // Last: where something else has changed, they are not walked twice.
-  return params != nullptr && check_params(group, params);
+  if (params == nullptr || !check_params(group, params)) return false;
+  group.params = params;
+  group.version.note(dict);
+  return true;
 }
 
 bool SteadyGroups::check_items(Group& group) {

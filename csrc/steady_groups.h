@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "device_scalars.h"
+#include "dict_version.h"
 #include "thread_shares.h"
 
 namespace adamal {
@@ -36,6 +37,9 @@ class SteadyGroups {
   // decay is taken over into the options; tensors among them are read anew every time.
   bool check(PyObject* groups);
 
+  // Whether they are enough for threads to share a check.
+  bool are_many() const { return groups_.size() >= 2 * kLeastGroups; }
+
   const std::vector<BoundOptions>& options() const { return options_; }
   // Whether options give the same scalars as those before them.
   bool repeats(size_t options) const { return repeats_[options]; }
@@ -45,6 +49,9 @@ class SteadyGroups {
   void clear();
 
  private:
+  // A thread's least share.
+  static constexpr size_t kLeastGroups = 512;
+
   // What a change of a group's item means to the next step.
   enum class Kind : uint8_t { lr, betas, eps, weight_decay, params, fixed, ignored };
   struct Item {
@@ -55,7 +62,9 @@ class SteadyGroups {
   };
   struct Group {
     pybind11::dict dict;
-    std::vector<Item> items;  // in the dict's order
+    DictVersion version;         // of the dict, when it was as checked and nothing is read anew
+    PyObject* params = nullptr;  // the dict's list then, which it holds
+    std::vector<Item> items;     // in the dict's order
     size_t first_param;
     size_t param_count;
     size_t first_options;
@@ -67,8 +76,9 @@ class SteadyGroups {
   };
 
   static Kind classify(const pybind11::handle& key);
-  // Whether nothing of a group has changed; takes nothing over, so that threads may ask.
-  bool is_unchanged(const Group& group) const;
+  // Whether nothing of a group has changed; takes nothing over, so that threads may ask, each of
+  // groups of its own.
+  bool is_unchanged(Group& group) const;
   void prefetch(size_t index, size_t end) const;
   bool check_items(Group& group);
   bool check_params(const Group& group, PyObject* params) const;

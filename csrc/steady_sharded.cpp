@@ -39,7 +39,7 @@ PyObject* SteadyState::part_of(size_t index, PyObject* tensor, Specs::Which whic
 bool SteadyState::settle_specs(std::vector<py::object>* held) {
   std::vector<size_t> misplaced;
   const auto read = [&](size_t index, PyObject* part) {
-    const ParamLayout layout(*footprints_[index].places[0].tensor);
+    const ParamLayout layout(*footprints_[index].param.tensor);
     const Member& member = members_[index];
     return read_gradient(index, layout, *THPVariable_Unpack(part).unsafeGetTensorImpl(),
                          &plans_[member.plan].grads[member.slot]);

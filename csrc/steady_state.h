@@ -11,6 +11,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "dict_version.h"
 #include "plan.h"
 #include "sharded_class.h"
 #include "steady_groups.h"
@@ -74,11 +75,13 @@ class SteadyState {
   size_t row_count() const { return scalars_.size(); }
 
  private:
+  // A thread's least share of the members: about 0.1 ms.
+  static constexpr size_t kLeastMembers = 512;
+
   struct Member {
     PyObject* param;
     uint32_t plan;
     uint32_t slot;  // in the plan
-    uint32_t options;
     bool is_complex;
     bool is_sharded;
     c10::DispatchKeySet key_set;
@@ -95,25 +98,32 @@ class SteadyState {
     const void* parts[grad] = {};
     const void* param_impl = nullptr;
   };
+  // A parameter's state, by name; what Specs has, too, under the same numbers.
+  struct StateKey {
+    enum Which { step, exp_avg, exp_avg_sq, max_exp_avg_sq, multiplier, count };
+
+    // The one of a dict's key; `count` of any other.
+    static Which find(PyObject* key);
+  };
   // Where the last step found what the next one will read: thousands of small objects all over
-  // memory, which are prefetched some members ahead. Never followed, so they may be out of date.
+  // memory, which are prefetched some members ahead. Followed in that same step only, and the
+  // state's objects while its dict has not changed, which holds them.
   struct Footprint {
-    static constexpr int kTensors = 6;  // parameter, moments, step, multiplier
     struct Place {
-      const void* object = nullptr;
-      const c10::TensorImpl* tensor = nullptr;
+      c10::TensorImpl* tensor = nullptr;
       const c10::StorageImpl* storage = nullptr;  // null: not fetched
 
       // Written only where another is found: what stays clean need not go back to memory.
       void note(const Place& found) {
-        if (object != found.object || tensor != found.tensor || storage != found.storage) {
-          *this = found;
-        }
+        if (tensor != found.tensor || storage != found.storage) *this = found;
       }
     };
     const void* grad = nullptr;
     const void* version_counter = nullptr;
-    Place places[kTensors];
+    Place param;
+    DictVersion version;  // of the dict that holds the state's tensors
+    PyObject* objects[StateKey::count] = {};
+    Place state[StateKey::count];
   };
   struct StateEntry {
     PyObject* key;
@@ -125,6 +135,7 @@ class SteadyState {
     ElementType param_types[2];  // of real parameters and of complex ones
     ElementType grad_types[2];
     ElementType moment_types[2];
+    std::vector<uint32_t> options_of;  // by slot
     std::vector<const void*> grads;
     std::vector<uint32_t> rows;
     std::vector<DeviceOptions> options;  // that rows index, where on_device
@@ -135,8 +146,7 @@ class SteadyState {
     std::vector<CoupledRows> sets;
     std::vector<std::vector<int64_t>> layouts;
     bool has_sets;
-    int more_keys;      // of a parameter's state than every one has, as bits
-    int state_tensors;  // of a parameter
+    unsigned state_keys;  // of a parameter's state, as bits
     bool on_device;
     bool host_counts;  // else they are not read: that would be to wait for the device
     bool has_grads;
@@ -146,12 +156,20 @@ class SteadyState {
     uint32_t row;
   };
 
-  bool check_state(PyObject* state);
+  // Reads the groups and every member, and whether they are as they were checked
+  // (steady_members.cpp).
+  bool check_members(PyObject* groups, PyObject* state);
+  // Finds each member's dict; false where the state is of others than it was.
+  bool find_values(PyObject* state);
   // Reads a member's tensors; false where one is not as it was checked.
   bool read_member(size_t index, PyObject* values, TensorEntry* entry, const void** grad);
+  // Finds a member's state in its dict; false where there is less than its plan needs.
+  bool find_objects(size_t index, PyObject* values);
+  // One of those; null where it is no tensor of this process to be read.
+  c10::TensorImpl* state_tensor(size_t index, StateKey::Which which);
+  bool is_count(const Member& member, const c10::TensorImpl& tensor) const;
   // Reads the multipliers of one with a set; false where they are not as they were checked.
-  bool read_multipliers(const Member& member, const c10::TensorImpl& tensor,
-                        TensorEntry* entry) const;
+  bool read_multipliers(size_t index, TensorEntry* entry);
   bool read_gradient(size_t index, const ParamLayout& layout, const c10::TensorImpl& gradient,
                      const void** grad) const;
   void prefetch(size_t index, size_t first, size_t end) const;
@@ -181,11 +199,12 @@ class SteadyState {
 
   SteadyGroups groups_;
   std::vector<Member> members_;
-  std::vector<PyObject*> values_;      // by member, in this step, borrowed
+  std::vector<PyObject*> values_;      // by member, the dicts of its state, borrowed from the state
   std::vector<Footprint> footprints_;  // by member
   std::shared_ptr<ShardedClass> sharded_;
   std::vector<Specs> specs_;  // by member, if any is sharded
   std::vector<StateEntry> state_;
+  DictVersion state_version_;  // of the dict that values_ are of
   std::vector<PlanStep> plans_;
 
   ThreadShares shares_;                       // of the members
@@ -200,7 +219,7 @@ inline bool SteadyState::read_gradient(size_t index, const ParamLayout& layout,
   const ElementType grad_type = plans_[member.plan].grad_types[member.is_complex];
   if (!layout.holds_for(gradient, grad_type)) return false;
   // Read while it is written: the check in Python says what to do.
-  if (storage_of(gradient) == footprints_[index].places[0].storage) return false;
+  if (storage_of(gradient) == footprints_[index].param.storage) return false;
   // One without elements may have no address, and yet counts as a gradient.
   *grad = layout.numel() == 0 ? &kEmptyGradient : layout.address(gradient, grad_type.bytes);
   return true;

@@ -7,8 +7,11 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace adamal {
 
@@ -83,6 +86,20 @@ class ParamLayout {
   c10::DispatchKeySet key_set_;
   c10::Device device_;
 };
+
+// The sizes of a tensor, and then its strides.
+inline std::vector<int64_t> layout_of(const c10::TensorImpl& tensor) {
+  std::vector<int64_t> layout = tensor.sizes().vec();
+  layout.insert(layout.end(), tensor.strides().begin(), tensor.strides().end());
+  return layout;
+}
+
+inline bool has_layout(const c10::TensorImpl& tensor, const std::vector<int64_t>& layout) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  return sizes.size() + strides.size() == layout.size() &&
+         std::equal(sizes.begin(), sizes.end(), layout.begin()) &&
+         std::equal(strides.begin(), strides.end(), layout.begin() + sizes.size());
+}
 
 // Where a parameter keeps its gradient; null where it never had one. torch's own accessor is behind
 // two calls.

@@ -178,6 +178,22 @@ def swap_moment_storage(optimizer: Any, params: list[torch.Tensor]) -> None:
     moment.set_(moment.clone().mul_(3))
 
 
+def swap_moment_tensor(optimizer: Any, params: list[torch.Tensor]) -> None:
+    moment = optimizer.state[params[5]]["exp_avg"]
+    torch.utils.swap_tensors(moment, moment.clone().mul_(3))
+
+
+def replace_dict_of_state(optimizer: Any, params: list[torch.Tensor]) -> None:
+    state = dict(optimizer.state[params[0]])
+    optimizer.state[params[0]] = state
+    optimizer.step()
+    state["exp_avg"] = state["exp_avg"].clone().mul_(2)
+
+
+def swap_step_storage(optimizer: Any, params: list[torch.Tensor]) -> None:
+    optimizer.state[params[0]]["step"].data = torch.tensor(7.0)
+
+
 def replace_step(optimizer: Any, params: list[torch.Tensor]) -> None:
     optimizer.state[params[0]]["step"] = torch.tensor(100.0)
 
@@ -270,6 +286,9 @@ CHANGES = [
     replace_moment,
     replace_second_moment_transposed,
     swap_moment_storage,
+    swap_moment_tensor,
+    replace_dict_of_state,
+    swap_step_storage,
     replace_step,
     edit_step_in_place,
     clear_state,
