@@ -8,8 +8,10 @@
 namespace adamal {
 
 // Until Python 3.11 every change of any dict gives that dict a version that none has had before
-// (PEP 509): one of the version that is remembered holds the very objects it held then. Later
-// versions of Python have that field, if at all, to themselves (PEP 699): no dict is as it was.
+// (PEP 509): one of the version that is remembered holds the very objects it held then. (Setting an
+// attribute of whoever has the dict for its __dict__ may let go of the old object just before
+// that.) Later versions of Python have that field, if at all, to themselves (PEP 699): no dict is
+// as it was.
 #if PY_VERSION_HEX < 0x030C0000
 
 class DictVersion {

@@ -106,9 +106,9 @@ SteadyGroups::SteadyGroups(const py::list& groups, const std::vector<bool>& has_
     }
   }
   TORCH_CHECK(next_options == options_.size(), "options must be sorted by group");
-  repeats_.resize(options_.size());
+  first_like_.resize(options_.size());
   unchanged_.resize(groups_.size());
-  find_repeats();
+  find_alike();
 }
 
 SteadyGroups::Kind SteadyGroups::classify(const py::handle& key) {
@@ -170,13 +170,16 @@ bool SteadyGroups::check(PyObject* groups) {
     if (!check_items(groups_[i])) return false;
     has_changed = true;
   }
-  if (has_changed) find_repeats();
+  if (has_changed) find_alike();
   return true;
 }
 
-void SteadyGroups::find_repeats() {
+void SteadyGroups::find_alike() {
   for (size_t i = 1; i < options_.size(); ++i) {
-    repeats_[i] = same_options(options_[i - 1].step, options_[i].step);
+    const BoundOptions& first = options_[first_like_[i - 1]];
+    const bool is_alike = first.device.has_value() == options_[i].device.has_value() &&
+                          same_options(first.step, options_[i].step);
+    first_like_[i] = is_alike ? first_like_[i - 1] : i;
   }
 }
 

@@ -41,8 +41,8 @@ class SteadyGroups {
   bool are_many() const { return groups_.size() >= 2 * kLeastGroups; }
 
   const std::vector<BoundOptions>& options() const { return options_; }
-  // Whether options give the same scalars as those before them.
-  bool repeats(size_t options) const { return repeats_[options]; }
+  // The first of neighbouring options, read on the same side, that all give the same scalars.
+  size_t first_like(size_t options) const { return first_like_[options]; }
 
   // For Python's garbage collector. Cleared, it finds nothing as it was.
   int traverse(visitproc visit, void* arg) const;
@@ -82,14 +82,14 @@ class SteadyGroups {
   void prefetch(size_t index, size_t end) const;
   bool check_items(Group& group);
   bool check_params(const Group& group, PyObject* params) const;
-  void find_repeats();
+  void find_alike();
   bool take_over(const Group& group, Kind kind, PyObject* value);
   bool take_over(BoundOptions& options, Kind kind, PyObject* value);
 
   std::vector<Group> groups_;
   std::vector<Param> params_;
   std::vector<BoundOptions> options_;
-  std::vector<bool> repeats_;       // by options
+  std::vector<size_t> first_like_;  // by options
   std::vector<uint8_t> unchanged_;  // by group, in this step
   ThreadShares shares_;             // of the groups
 };

@@ -43,7 +43,7 @@ bool SteadyState::check_members(PyObject* groups, PyObject* state) {
       const Member& member = members_[i];
       PlanStep& step = plans_[member.plan];
       TensorEntry entry;
-      if (!read_member(i, values_[i], &entry, &step.grads[member.slot]) ||
+      if (!read_member(i, &entry, &step.grads[member.slot]) ||
           !(entry == step.plan->tensors()[member.slot])) {
         unchanged = false;
         return;
@@ -76,7 +76,7 @@ bool SteadyState::find_values(PyObject* state) {
 
 // In three stages, each of which reads what the one before fetched: what does not move, the
 // gradient and the keys of a changed state, and the gradient's storage. A member is some forty
-// cache lines, more than a core fetches at a time: one member ahead is enough.
+// cache lines, more than a core fetches at a time: a stage is one member ahead of the next.
 void SteadyState::prefetch(size_t index, size_t first, size_t end) const {
   constexpr size_t kFarAhead = 3, kAhead = 2, kNext = 1;
   // The first of a part come in one go.
@@ -125,8 +125,7 @@ void SteadyState::prefetch_gradient_storage(size_t index) const {
   }
 }
 
-bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry,
-                              const void** grad) {
+bool SteadyState::read_member(size_t index, TensorEntry* entry, const void** grad) {
   const Member& member = members_[index];
   const PlanStep& step = plans_[member.plan];
   Footprint& footprint = footprints_[index];
@@ -154,6 +153,7 @@ bool SteadyState::read_member(size_t index, PyObject* values, TensorEntry* entry
   if (footprint.version_counter != counter) footprint.version_counter = counter;
   footprint.param.note({&param, storage_of(param)});
 
+  PyObject* const values = values_[index];
   if (!PyDict_CheckExact(values)) return false;
   if (!footprint.version.is_of(values) && !find_objects(index, values)) return false;
   const c10::TensorImpl* const count = state_tensor(index, StateKey::step);
@@ -210,6 +210,7 @@ c10::TensorImpl* SteadyState::state_tensor(size_t index, StateKey::Which which) 
   Footprint& footprint = footprints_[index];
   PyObject* object = footprint.objects[which];
   if (members_[index].is_sharded && which != StateKey::step) {
+    // None of these has a set, and so a multiplier, which Specs does not know.
     object = part_of(index, object, static_cast<Specs::Which>(which));
     if (object == nullptr) return nullptr;
   }

@@ -1,13 +1,10 @@
 #include "steady_state.h"
 
-#include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <limits>
 #include <utility>
 
 namespace py = pybind11;
@@ -142,8 +139,12 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
 void SteadyState::clear() {
   members_.clear();
   values_.clear();
-  specs_.clear();
+  footprints_.clear();
   state_.clear();
+  state_version_ = {};
+  // Moved out first: what is released here may call back into Python.
+  const auto specs = std::exchange(specs_, {});
+  const auto plans = std::exchange(plans_, {});
   groups_.clear();
 }
 
@@ -160,7 +161,7 @@ bool SteadyState::bind(const py::handle& state,
     const Member& member = members_[i];
     const void* grad = nullptr;
     TensorEntry* entry = &entries[member.plan][member.slot];
-    if (values_[i] == nullptr || !read_member(i, values_[i], entry, &grad)) return false;
+    if (values_[i] == nullptr || !read_member(i, entry, &grad)) return false;
     bool grad_is_placed_alike = false;
     if (member.is_sharded && !compare_specs(&specs_[i], &grad_is_placed_alike)) return false;
   }
@@ -297,13 +298,11 @@ bool SteadyState::find_rows(const Inputs& inputs) {
 }
 
 uint32_t SteadyState::row_of(size_t options, int64_t step, double grad_factor) {
+  // Thousands of groups that differ in nothing share a row.
+  options = groups_.first_like(options);
   LastRow& last = last_rows_[options];
   if (last.step == step) return last.row;
   last.step = step;
-  // Thousands of groups that differ in nothing share a row.
-  if (groups_.repeats(options) && last_rows_[options - 1].step == step) {
-    return last.row = last_rows_[options - 1].row;
-  }
   const uint64_t key = static_cast<uint64_t>(options) << 40 | static_cast<uint64_t>(step);
   const auto [found, is_new] = rows_.try_emplace(key, static_cast<uint32_t>(scalars_.size()));
   if (is_new) {

@@ -44,7 +44,7 @@ class ThreadShares {
       shares[i].next = count * i / threads;
       shares[i].end = count * (i + 1) / threads;
     }
-    const Clock::time_point start = Clock::now();
+    Clock::time_point start;
     std::atomic<Prepared> prepared = Prepared::not_yet;
     at::parallel_for(0, static_cast<int64_t>(threads), 1, [&](int64_t first, int64_t last) {
       if (first == 0) {
@@ -55,6 +55,7 @@ class ThreadShares {
           ~Announce() { to->store(what, std::memory_order_release); }
         } announce{&prepared};
         if (prepare()) announce.what = Prepared::well;
+        start = Clock::now();
       }
       Prepared found;
       while ((found = prepared.load(std::memory_order_acquire)) == Prepared::not_yet) {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamal_kernels import AdamAL
 from adamal_kernels import plan as plan_module
@@ -29,11 +30,12 @@ def two_threads() -> Iterator[None]:
 class Many:
     """An optimizer over small tensors, and gradients that depend on the step's number alone."""
 
-    def __init__(self, backend: str = "cpu") -> None:
+    def __init__(self, backend: str = "cpu", *, group_each: bool = False) -> None:
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(sum(SIZES), generator=generator).split(SIZES)
         self.params = [values.clone().requires_grad_() for values in start]
-        self.optimizer = AdamAL(self.params, backend=backend)
+        groups = [{"params": [p]} for p in self.params] if group_each else self.params
+        self.optimizer = AdamAL(groups, backend=backend)
         self.taken = 0
 
     def step(self, times: int = 1, *, without: int | None = None) -> None:
@@ -75,6 +77,21 @@ def rename_a_state(many: Many) -> None:
     state[torch.zeros(1)] = state.pop(many.params[-1])
 
 
+def change_an_option(many: Many) -> None:
+    many.optimizer.param_groups[-1]["lr"] = 0.5
+
+
+def take_a_parameter_out(many: Many) -> None:
+    many.optimizer.param_groups[-1]["params"].pop()
+
+
+def replace_a_list_of_parameters(many: Many) -> None:
+    group = many.optimizer.param_groups[-1]
+    group["params"] = list(group["params"])
+    many.step()
+    group["params"].pop()
+
+
 def leave_a_gradient_out(many: Many) -> None:
     many.step(without=TENSORS - 1)
 
@@ -87,13 +104,19 @@ CHANGES = [
     rename_a_state,
     leave_a_gradient_out,
 ]
+CHANGES_OF_GROUPS = [change_an_option, take_a_parameter_out, replace_a_list_of_parameters]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_change_anywhere_is_seen(change: Callable[[Many], None]) -> None:
+@pytest.mark.parametrize(
+    ("change", "group_each"),
+    [(change, False) for change in CHANGES + CHANGES_OF_GROUPS]
+    + [(change, True) for change in CHANGES_OF_GROUPS],
+    ids=lambda value: value.__name__ if callable(value) else f"group_each={value}",
+)
+def test_a_change_anywhere_is_seen(change: Callable[[Many], None], group_each: bool) -> None:
     found = []
     for backend in ("cpu", "reference"):
-        many = Many(backend)
+        many = Many(backend, group_each=group_each)
         many.step(3)
         change(many)
         many.step(2)
@@ -140,3 +163,31 @@ def test_a_refused_step_leaves_all_as_it_was() -> None:
     assert [many.optimizer.state[p]["step"].item() for p in many.params] == counts
     assert [p._version for p in many.params] == versions
     torch.testing.assert_close([p.detach() for p in many.params], before, rtol=0, atol=0)
+
+
+class Refuse(TorchDispatchMode):
+    """Fails where a number is read from a tensor."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("no number is read here")
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_error_while_the_others_are_woken_leaves_all_as_it_was() -> None:
+    """Options are read then, and reading a tensor may call Python."""
+    found = []
+    for backend in ("cpu", "reference"):
+        many = Many(backend)
+        many.optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+        many.step(3)
+        if backend == "cpu":
+            versions = [p._version for p in many.params]
+            with Refuse(), pytest.raises(RuntimeError, match="no number is read"):
+                many.optimizer.step()
+            assert [p._version for p in many.params] == versions
+        many.step(2)
+        found.append(many.values())
+    assert different_values(*found) == []

@@ -255,6 +255,13 @@ def freeze_one(optimizer: Any, params: list[torch.Tensor]) -> None:
     optimizer.param_groups[0]["params"].pop(1)
 
 
+def replace_list_of_parameters(optimizer: Any, params: list[torch.Tensor]) -> None:
+    group = optimizer.param_groups[0]
+    group["params"] = list(group["params"])
+    optimizer.step()
+    group["params"].pop(1)
+
+
 def mutable_betas(optimizer: Any, params: list[torch.Tensor]) -> None:
     optimizer.param_groups[0]["betas"] = [0.7, 0.8]
     optimizer.step()
@@ -302,6 +309,7 @@ CHANGES = [
     to_bfloat16,
     grow_in_place,
     freeze_one,
+    replace_list_of_parameters,
     mutable_betas,
     gradient_of_other_strides,
     negated_view_as_gradient,
@@ -396,6 +404,41 @@ def test_many_groups_share_one_plan_and_equal_options_one_row(place: Place) -> N
     optimizer.step()
     assert optimizer._plan._steady_state is steady
     assert (steady.plan_count, steady.row_count) == (1, 3)
+
+
+def test_groups_of_two_types_share_a_row_of_equal_options(place: Place) -> None:
+    types = (torch.bfloat16, torch.float32)
+    params = [torch.ones(4, dtype=types[i % 2], device=place.device) for i in range(60)]
+    groups = [{"params": params[i : i + 2]} for i in range(0, 30, 2)]
+    groups += [{"params": [p]} for p in params[30:]]
+    optimizer = AdamAL(groups, backend=place.backend)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    steady = optimizer._plan._steady_state
+    assert (steady.plan_count, steady.row_count) == (2, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_options_of_a_device_and_of_the_host_are_told_apart(
+    place: Place, dtype: torch.dtype
+) -> None:
+    """In the host's first step its options are as new as those that the device reads."""
+    found = []
+    for backend in (place.backend, "reference"):
+        on_device = torch.ones(4, dtype=dtype, device=place.device, requires_grad=True)
+        on_host = torch.ones(4, device=place.device, requires_grad=True)
+        groups = [{"params": [on_device], "capturable": True}, {"params": [on_host]}]
+        optimizer = AdamAL(groups, lr=0.1, backend=backend)
+        for step in range(5):
+            if step == 3:
+                optimizer.state[on_host]["step"].fill_(0)
+            for p in (on_device, on_host):
+                p.grad = torch.full_like(p, 0.5, requires_grad=False)
+            optimizer.step()
+        found.append([{"param": p, **optimizer.state[p]} for p in (on_device, on_host)])
+    assert different_values(*found) == []
 
 
 def test_a_step_tensor_is_a_view_of_one_pack(new_pair: Callable[..., Pair]) -> None:
