@@ -38,7 +38,7 @@ class SteadyGroups {
   bool check(PyObject* groups);
 
   // Whether they are enough for threads to share a check.
-  bool are_many() const { return groups_.size() >= 2 * kLeastGroups; }
+  bool are_many() const { return ThreadShares::threads_for(groups_.size(), kLeastGroups) > 1; }
 
   const std::vector<BoundOptions>& options() const { return options_; }
   // The first of neighbouring options, read on the same side, that all give the same scalars.

@@ -209,6 +209,9 @@ bool SteadyState::find_objects(size_t index, PyObject* values) {
 c10::TensorImpl* SteadyState::state_tensor(size_t index, StateKey::Which which) {
   Footprint& footprint = footprints_[index];
   PyObject* object = footprint.objects[which];
+  static_assert(int{StateKey::exp_avg} == int{Specs::exp_avg} &&
+                int{StateKey::exp_avg_sq} == int{Specs::exp_avg_sq} &&
+                int{StateKey::max_exp_avg_sq} == int{Specs::max_exp_avg_sq});
   if (members_[index].is_sharded && which != StateKey::step) {
     // None of these has a set, and so a multiplier, which Specs does not know.
     object = part_of(index, object, static_cast<Specs::Which>(which));

@@ -99,7 +99,7 @@ class SteadyState {
     const void* parts[grad] = {};
     const void* param_impl = nullptr;
   };
-  // A parameter's state, by name; what Specs has, too, under the same numbers.
+  // A parameter's state, by name.
   struct StateKey {
     enum Which { step, exp_avg, exp_avg_sq, max_exp_avg_sq, multiplier, count };
 

@@ -18,6 +18,11 @@ namespace adamal {
 // to those that are there. In the next walk each has the same share, still in its cache.
 class ThreadShares {
  public:
+  // How many threads have `least` of `count` each.
+  static size_t threads_for(size_t count, size_t least) {
+    return std::min<size_t>(at::get_num_threads(), std::max<size_t>(1, count / least));
+  }
+
   // Calls body(first, last) for parts of [0, count), on as many threads as have `least` each. They
   // may read Python's objects while the caller, who waits for them, holds the GIL for all.
   template <typename Body>
@@ -30,8 +35,7 @@ class ThreadShares {
   template <typename Prepare, typename Body>
   bool walk(size_t count, size_t least, const Prepare& prepare, const Body& body) {
     using Clock = std::chrono::steady_clock;
-    const size_t threads =
-        std::min<size_t>(at::get_num_threads(), std::max<size_t>(1, count / least));
+    const size_t threads = threads_for(count, least);
     is_shared_ = walks_alone_ == 0 && threads > 1;
     if (!is_shared_) {
       walks_alone_ -= walks_alone_ > 0;
