@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .hyperparameters import move_scalar
+
 __all__ = ["LANES", "chunk_elements", "ordered_sum", "row_sums", "squared_norm"]
 
 LANES = 256
@@ -55,7 +57,7 @@ def ordered_sum(values: Sequence[Tensor]) -> Tensor:
     device = values[0].device if values else torch.device("cpu")
     total = torch.zeros((), dtype=torch.float64, device=device)
     for value in values:
-        total = total + value.to(device, non_blocking=True)
+        total = total + move_scalar(value, device)
     return total
 
 

@@ -18,19 +18,23 @@ from torch import Tensor
 from .rounding import rounded_sqrt
 
 __all__ = [
+    "COUNT_BITS",
     "GradientFactor",
     "StepInputs",
     "StepOptions",
     "StepScalars",
+    "as_float64",
     "beta_power",
     "derive_step_scalars",
     "gradient_factor",
+    "move_scalar",
 ]
 
 Number = TypeVar("Number", float, Tensor)
 
-# More than the largest count that a steady step takes (kMostSteps in csrc/steady_members.cpp).
-_COUNT_BITS = 40
+COUNT_BITS = 40
+"""Of a count that only the device knows: more than the largest that a steady step takes
+(``kMostSteps`` in ``csrc/steady_members.cpp``)."""
 # torch.nn.utils.clip_grad_norm_ adds it to the norm.
 _CLIP_EPS = 1e-6
 
@@ -80,8 +84,8 @@ class StepOptions(NamedTuple):
         return self._map(lambda tensor: tensor.item())
 
     def on_device(self, device: torch.device) -> StepOptions:
-        """Return the options with tensors moved to ``device``, and not waited for."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True).reshape(()))
+        """Return the options with tensors moved to ``device`` by :func:`move_scalar`."""
+        return self._map(lambda tensor: move_scalar(tensor, device).reshape(()))
 
     def _map(self, change: Callable[[Tensor], Any]) -> StepOptions:
         return StepOptions(
@@ -109,10 +113,10 @@ class StepInputs(NamedTuple):
         return self.found_inf is not None or self.max_grad_norm < math.inf
 
     def to(self, device: torch.device) -> StepInputs:
-        """Return the inputs on ``device``, without waiting for a copy."""
+        """Return the inputs moved to ``device`` by :func:`move_scalar`."""
         return self._replace(
             **{
-                name: tensor.to(device, non_blocking=True)
+                name: move_scalar(tensor, device)
                 for name in ("grad_scale", "found_inf", "grad_norm")
                 if (tensor := getattr(self, name)) is not None
             }
@@ -131,6 +135,36 @@ class StepInputs(NamedTuple):
         return gradient_factor(scale, inf, norm, self.max_grad_norm)
 
 
+def as_float64(value: float | Tensor, device: torch.device) -> Tensor:
+    """Return a number, or a tensor of any shape, as a float64 tensor on a device.
+
+    A number is filled in there: a copy of it would be waited for, and captured in no CUDA graph.
+
+    Example:
+        >>> as_float64(0.5, torch.device("cpu"))
+        tensor(0.5000, dtype=torch.float64)
+    """
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def move_scalar(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of one element on a device, without waiting for another device.
+
+    What lies on the host is filled in: an asynchronous copy might read it after its owner has
+    changed or freed it. What goes to the host is waited for.
+
+    Example:
+        >>> move_scalar(torch.tensor([0.5]), torch.device("cpu"))
+        tensor([0.5000])
+    """
+    from_host, to_host = tensor.device.type == "cpu", device.type == "cpu"
+    if from_host and not to_host and not tensor.requires_grad:
+        return torch.full(tensor.shape, tensor.item(), dtype=tensor.dtype, device=device)
+    return tensor.to(device, non_blocking=not from_host and not to_host)
+
+
 class GradientFactor(NamedTuple):
     """What gradients are multiplied by, and whether the step is skipped."""
 
@@ -146,7 +180,7 @@ def beta_power(beta: float | Tensor, exponent: int | Tensor) -> float | Tensor:
 
     Args:
         beta: a number or a float64 tensor.
-        exponent: a number, at least 0, or an int64 tensor of numbers below ``2**40``.
+        exponent: a number, at least 0, or an int64 tensor of numbers below ``2**COUNT_BITS``.
 
     Example:
         >>> beta_power(0.5, 10)
@@ -166,8 +200,8 @@ def beta_power(beta: float | Tensor, exponent: int | Tensor) -> float | Tensor:
 
 def _beta_power_of_tensor(beta: float | Tensor, exponent: Tensor) -> Tensor:
     result = torch.ones(exponent.shape, dtype=torch.float64, device=exponent.device)
-    square = torch.as_tensor(beta, dtype=torch.float64, device=exponent.device)
-    for bit in range(_COUNT_BITS):
+    square = as_float64(beta, exponent.device)
+    for bit in range(COUNT_BITS):
         result = torch.where((exponent >> bit) & 1 != 0, result * square, result)
         square = square * square
     return result
@@ -248,9 +282,9 @@ def gradient_factor(
 def _divide(first: float | Tensor, second: float | Tensor) -> float | Tensor:
     # torch divides a number and a tensor by multiplying by a reciprocal, which rounds twice.
     if isinstance(first, Tensor):
-        second = torch.as_tensor(second, dtype=torch.float64, device=first.device)
+        second = as_float64(second, first.device)
     elif isinstance(second, Tensor):
-        first = torch.as_tensor(first, dtype=torch.float64, device=second.device)
+        first = as_float64(first, second.device)
     elif second == 0:
         # A GradScaler's scale that has backed off to nothing. Python raises, all others divide.
         with np.errstate(all="ignore"):
@@ -269,8 +303,5 @@ def _not(value: bool | Tensor) -> bool | Tensor:
 def _select(condition: bool | Tensor, first: Any, second: Any) -> Any:
     if not isinstance(condition, Tensor):
         return first if condition else second
-    first, second = (
-        torch.as_tensor(value, dtype=torch.float64, device=condition.device)
-        for value in (first, second)
-    )
+    first, second = (as_float64(value, condition.device) for value in (first, second))
     return torch.where(condition, first, second)

@@ -202,7 +202,8 @@ def check_capturable(groups: Iterable[dict[str, Any]], optimizer: str) -> bool:
         Whether one is.
 
     Raises:
-        RuntimeError: a group is not capturable.
+        RuntimeError: a group is not capturable, or reads a tensor of the host, whose value of today
+            every replay would take.
     """
     if not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():
         return False
@@ -212,6 +213,15 @@ def check_capturable(groups: Iterable[dict[str, Any]], optimizer: str) -> bool:
                 f"{optimizer}.step() is being captured in a CUDA graph, and group {index} has "
                 "capturable=False; set capturable=True, or step outside the graph"
             )
+        on_gpu = any(param.is_cuda for param in group["params"])
+        for name in ("lr", "betas") if on_gpu else ():
+            values = group[name] if name == "betas" else (group[name],)
+            if any(isinstance(value, Tensor) and value.device.type == "cpu" for value in values):
+                raise RuntimeError(
+                    f"{optimizer}.step() is being captured in a CUDA graph, and {name} of group "
+                    f"{index} holds a Tensor on the CPU, which a replay does not read; move it to "
+                    "the parameters' device, or pass a number"
+                )
     return True
 
 

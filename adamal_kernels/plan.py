@@ -37,7 +37,7 @@ from .entries import (
     state_of,
 )
 from .gradient_norm import ordered_sum
-from .hyperparameters import StepInputs, derive_step_scalars
+from .hyperparameters import StepInputs, derive_step_scalars, move_scalar
 from .layout import empty_dense_like, is_dense, overlapping_pair, same_layout
 from .options import GroupOptions
 from .rounding import rounded_sqrt
@@ -282,11 +282,11 @@ class Plan:
             # Every process takes part in every sum, whichever gradients it has.
             parts = dict.fromkeys(self._spreads, torch.zeros_like(total))
             for spread, value in zip(spreads, sums, strict=True):
-                parts[spread] = parts[spread] + value.to(total.device, non_blocking=True)
+                parts[spread] = parts[spread] + move_scalar(value, total.device)
             total = reduce_squared_norms(parts)
         norm = rounded_sqrt(total)
         if grad_scale is not None:
-            scale = grad_scale.detach().double().reshape(()).to(norm.device, non_blocking=True)
+            scale = move_scalar(grad_scale.detach().double().reshape(()), norm.device)
             norm = norm * scale.reciprocal()
         self.grad_norm = norm.detach()
         return norm

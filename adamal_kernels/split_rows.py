@@ -12,7 +12,7 @@ from .coupled import coupled_rows, project
 from .distributed import local_part, row_reducer
 from .dtypes import compute_dtype
 from .entries import Entry
-from .hyperparameters import StepScalars, derive_step_scalars
+from .hyperparameters import StepScalars, as_float64, derive_step_scalars
 
 __all__ = ["Stepped", "project_split_rows"]
 
@@ -67,6 +67,4 @@ def _scalars_of(stepped: Stepped) -> tuple[StepScalars, Tensor | None]:
 
 
 def _as_tensors(scalars: StepScalars, dtype: torch.dtype, device: torch.device) -> StepScalars:
-    return StepScalars(
-        *(torch.as_tensor(s, dtype=torch.float64, device=device).to(dtype) for s in scalars)
-    )
+    return StepScalars(*(as_float64(s, device).to(dtype) for s in scalars))

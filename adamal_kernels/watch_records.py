@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .hyperparameters import StepScalars
+from .hyperparameters import StepScalars, as_float64
 from .rounding import rounded_sqrt
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def record_steps(
 
 def _recorded(last: Record, before: Tensor, after: Tensor, row: StepScalars) -> Record:
     def scalar(value: float | Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=after.dtype, device=after.device).detach()
+        return as_float64(value, after.device).to(after.dtype).detach()
 
     step_size, bias2_sqrt, eps = map(scalar, (row.step_size, row.bias2_sqrt, row.eps))
     stands = ~(step_size > 0)

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,17 +23,25 @@ from test_steady_state import (
     with_gradients_missing,
 )
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamal_kernels import Adam, AdamAL, Box
+from adamal_kernels.backends import BACKENDS
+from adamal_kernels.bucket import Bucket, BucketKey, DeviceScalars, SecondMoment
 from adamal_kernels.cases import Case, cases
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
+from adamal_kernels.gradient_norm import ordered_sum
 from adamal_kernels.hyperparameters import (
+    StepInputs,
     StepOptions,
     beta_power,
     derive_step_scalars,
     gradient_factor,
 )
+from adamal_kernels.options import check_capturable
 from adamal_kernels.verify import Values, different_values, run_case, same_bits
+from adamal_kernels.watch_records import WORDS
 
 __all__ = ["checked", "new_pair"]  # fixtures
 
@@ -302,6 +311,97 @@ def test_counts_of_any_size(place: Place, count: float) -> None:
         for param, optimizer in zip(params, optimizers, strict=True)
     )
     assert different_values([found], [expected]) == []
+
+
+class NothingWaits(TorchFunctionMode):
+    """Fails where a device would be waited for: its values read, or the host's copied there."""
+
+    READ = (
+        *(Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.__bool__),
+        *(Tensor.__float__, Tensor.__int__, Tensor.__index__),
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in self.READ, func
+        if func in (torch.tensor, torch.as_tensor):
+            assert isinstance(args[0], Tensor), f"{func.__name__}({args[0]}) is copied there"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("second_moment", SecondMoment, ids=lambda moment: moment.name.lower())
+@pytest.mark.parametrize("backend", ["foreach", "reference"])
+def test_eager_steps_wait_for_nothing(backend: str, second_moment: SecondMoment) -> None:
+    """By operators alone, which a CUDA graph can capture; norms and records too."""
+    key = BucketKey(torch.device("cpu"), DTYPE_PAIRS[0], second_moment, device_scalars=True)
+    bucket = Bucket(key, rows=[0, 1, 2, 3])
+    streams = [bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs]
+    if second_moment is SecondMoment.AMSGRAD:
+        streams.append(bucket.max_exp_avg_sqs)
+    for stream in streams:
+        stream.extend(torch.ones(5) for _ in bucket.rows)
+    bucket.records = [torch.zeros(1, WORDS, dtype=torch.int64) for _ in bucket.rows]
+    numbers = (0.1, 0.9, 0.99)
+    tensors = (torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.9), torch.tensor(0.99))
+    options = [
+        StepOptions(*scalars, 1e-8, 0.1, decoupled, decoupled, True, -1.0, 1.0)
+        for scalars in (numbers, tensors)
+        for decoupled in (False, True)
+    ]
+    inputs = StepInputs(torch.ones(1), torch.zeros(1), torch.ones(()).double(), 0.5)
+    steps = [torch.zeros(()) for _ in bucket.rows]
+    bucket.device_scalars = DeviceScalars(options, steps, inputs)
+    with NothingWaits(), torch.no_grad():
+        BACKENDS[backend].step(bucket)
+        BACKENDS[backend].squared_norm(bucket)
+    assert [step.item() for step in steps] == [1.0] * len(steps)
+
+
+class Copies(TorchDispatchMode):
+    """Remembers the operators that read what is on the CPU to make what is elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        devices = {t.device.type for t in (*args, result) if isinstance(t, Tensor)}
+        if len(devices) > 1:
+            self.found.append(func)
+        return result
+
+
+def test_host_tensors_are_filled_in_and_not_copied() -> None:
+    """An asynchronous copy might read them after their owner has changed them."""
+    elsewhere = torch.device("meta")
+    options = derive_options(lr=torch.tensor([0.1]), beta1=torch.tensor(0.9).double())
+    inputs = StepInputs(torch.ones(1), torch.zeros(1), torch.ones(()).double())
+    with Copies() as copies:
+        moved = [*options.on_device(elsewhere)[:2], *inputs.to(elsewhere)[:3]]
+        moved.append(ordered_sum([torch.ones((), device=elsewhere), torch.ones(()).double()]))
+    assert copies.found == []
+    assert [tensor.device for tensor in moved] == [elsewhere] * 6
+    assert [tensor.dtype for tensor in moved[:2]] == [torch.float32, torch.float64]
+
+
+def derive_options(**changes: Any) -> StepOptions:
+    return StepOptions(0.1, 0.9, 0.99, 1e-8, 0.0, False, False, True)._replace(**changes)
+
+
+@pytest.mark.parametrize("name", ["lr", "betas"])
+def test_host_tensors_are_not_captured(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A replay would take the value that they had."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    param = mock.Mock(is_cuda=True)
+    group = {"params": [param], "capturable": True, "lr": 0.1, "betas": (0.9, 0.99)}
+    assert check_capturable([group], "AdamAL") is True
+    value = torch.tensor(0.1)
+    group[name] = value if name == "lr" else (0.9, value)
+    with pytest.raises(RuntimeError, match=f"{name} of group 0 holds a Tensor on the CPU"):
+        check_capturable([group], "AdamAL")
+    param.is_cuda = False
+    assert check_capturable([group], "AdamAL") is True
 
 
 @on_places_of_steady_steps

@@ -44,6 +44,10 @@ def test_is_the_launch_that_triton_makes(
     driver(checks.check_same_launch, dtypes, aligned, offset)
 
 
+def test_every_kernel_launches_twice(driver: Run) -> None:
+    driver(checks.check_every_kernel_launches_twice)
+
+
 def test_tables_are_specialized_for(driver: Run) -> None:
     driver(checks.check_tables_are_specialized_for)
 

@@ -37,7 +37,8 @@ INPUTS: dict[str, dict[str, float]] = {
     "scale is inf": {"grad_scale": math.inf},
 }
 _SETS = (None, Box(-1, 1))
-_COUNTS = (0, 1, 2, 9, 999, 1_000_000, 2**24 - 1)
+# Float32 counts up to 2^24; a larger one, of a checkpoint, stands still.
+_COUNTS = (0, 1, 2, 9, 999, 1_000_000, 2**24 - 1, 2**25, 2**30)
 
 
 def _some_options() -> list[StepOptions]:

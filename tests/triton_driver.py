@@ -10,15 +10,24 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from adamal_kernels.bucket import BucketKey, SecondMoment
+from adamal_kernels import L2Ball
+from adamal_kernels.bucket import Bucket, BucketKey, DeviceScalars, SecondMoment
+from adamal_kernels.coupled import coupled_rows
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
+from adamal_kernels.hyperparameters import StepOptions, derive_step_scalars
+from adamal_kernels.watch_records import WORDS
 
+BLOCK = 1024
 GRID = (5, 1, 1)
 CURRENT_STREAM, OTHER_STREAM = 77, 123
 
@@ -124,6 +133,85 @@ def check_same_launch(dtypes: DtypePair, aligned: bool, offset: int) -> None:
     assert found.grid == GRID
     assert found.threads == 256
     assert found.pointers == tuple(table.data_ptr() for table in made)
+
+
+def kernels() -> set[str]:
+    """Return the names of all kernels that a launcher may launch."""
+    from triton.runtime.jit import JITFunction
+
+    modules = (
+        *("triton_kernels", "triton_long_rows", "triton_norm", "triton_projection"),
+        *("triton_rows", "triton_scalars", "triton_sets", "triton_watch"),
+    )
+    return {
+        name
+        for module in modules
+        for name, value in vars(import_module(f"adamal_kernels.backends.{module}")).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel") and name[0] != "_"
+    }
+
+
+def check_every_kernel_launches_twice() -> None:
+    """Check that each is prepared twice, and launched twice each time.
+
+    At every launch but the first Triton compares the globals of a kernel with what they were.
+    """
+    from triton.runtime import driver
+
+    from adamal_kernels.backends import triton_kernels, triton_launcher
+    from adamal_kernels.backends.triton import TritonBackend
+
+    target = driver.active.get_current_target()
+    launches: Counter[str] = Counter()
+
+    class Launcher(triton_launcher.Launcher):
+        """Launches kernels compiled for the driver's GPU over tensors of the CPU."""
+
+        def __init__(self, key: BucketKey) -> None:
+            super().__init__(key)
+            self._options = triton_kernels.launch_options(target)
+
+        def _prepare(self, kernel: Any, *args: Any) -> Callable[[int], None]:
+            launch = super()._prepare(kernel, *args)
+
+            def counted(stream: int) -> None:
+                launched(launch, stream)
+                launches[kernel.__name__] += 1
+
+            return counted
+
+    def bucket_of(lengths: Sequence[int], **kind: bool) -> Bucket:
+        device = torch.device("cpu")
+        key = BucketKey(device, DTYPE_PAIRS[0], SecondMoment.MONOTONE, **kind)
+        streams = ([torch.ones(2 * length) for length in lengths] for _ in range(4))
+        bucket = Bucket(key, *streams, rows=[0] * len(lengths))
+        options = StepOptions(0.1, 0.9, 0.99, 1e-8, 0.0, False, False, True)
+        if key.device_scalars:
+            steps = [torch.zeros(()) for _ in lengths]
+            bucket.device_scalars = DeviceScalars([options], steps)
+            bucket.records = [torch.zeros(-(-2 * n // BLOCK), WORDS).long() for n in lengths]
+        else:
+            bucket.scalars = [derive_step_scalars(1, options)]
+        if key.coupled:
+            rows = [torch.empty(2, length) for length in lengths]
+            bucket.sets = [coupled_rows(tensor, L2Ball(1.0, dim=1)) for tensor in rows]
+            bucket.multipliers = [torch.zeros(2, dtype=torch.float64) for _ in lengths]
+        return bucket
+
+    backend = TritonBackend()
+    with mock.patch.object(triton_launcher, "Launcher", Launcher):
+        for _ in range(2):
+            plain = bucket_of([8])
+            # Rows for each kind of tile, and long ones.
+            coupled = bucket_of([8, 100, 1000, 20000], coupled=True)
+            for bucket in (plain, coupled, bucket_of([8], device_scalars=True)):
+                for _ in range(2):
+                    backend.step(bucket)
+            plan = plain.workspace["plan"]
+            for _ in range(2):
+                plan.squared_norm(plain.grads)
+    assert launches.keys() == kernels()
+    assert min(launches.values()) >= 4
 
 
 def check_tables_are_specialized_for() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..bucket import DeviceScalars
-from ..hyperparameters import StepOptions, StepScalars, derive_step_scalars
+from ..hyperparameters import StepOptions, StepScalars, as_float64, derive_step_scalars
 
 __all__ = ["device_rows"]
 
@@ -41,7 +41,7 @@ def device_rows(
     for options, tensors in zip(source.options, tensors_of, strict=True):
         counts = torch.stack([source.steps[i].detach() for i in tensors]).to(torch.int64) + 1
         scalars = derive_step_scalars(counts, _as_tensors(options, device), factor)
-        columns = [_rounded(s, dtype, device).expand(len(tensors)).unbind() for s in scalars]
+        columns = [as_float64(s, device).to(dtype).expand(len(tensors)).unbind() for s in scalars]
         derived.update(zip(tensors, map(StepScalars, *columns), strict=True))
     with torch.no_grad():
         for step in source.steps:
@@ -49,18 +49,10 @@ def device_rows(
     return [derived[i] for i in range(len(rows))], skip if isinstance(skip, Tensor) else None
 
 
-def _rounded(scalar: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if isinstance(scalar, Tensor):
-        return scalar.to(dtype)
-    return torch.full((), scalar, dtype=torch.float64, device=device).to(dtype)
-
-
 def _as_tensors(options: StepOptions, device: torch.device) -> StepOptions:
-    """Return ``options`` with its numbers as float64 tensors, filled in and not copied there."""
+    """Return ``options`` with its numbers as float64 tensors on the device."""
     numbers = {
-        name: value.double()
-        if isinstance(value, Tensor)
-        else torch.full((), value, dtype=torch.float64, device=device)
+        name: as_float64(value, device)
         for name, value in options._asdict().items()
         if not isinstance(value, bool)
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..hyperparameters import StepScalars
+from ..hyperparameters import COUNT_BITS, StepScalars
 from .triton_kernels import ROWS_HEADER
 from .triton_plan import OptionEntry, ScalarSource
 
@@ -22,7 +22,7 @@ _SCALARS = tl.constexpr(len(StepScalars._fields))
 _ROWS_HEADER = tl.constexpr(ROWS_HEADER)
 _SOURCE_WORDS = tl.constexpr(len(ScalarSource._fields))
 _OPTION_WORDS = tl.constexpr(len(OptionEntry._fields))
-_COUNT_BITS = tl.constexpr(25)  # counts are float32: they end at 2^24
+_COUNT_BITS = tl.constexpr(COUNT_BITS)
 _CLIP_EPS = tl.constexpr(1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
 _INFINITY = tl.constexpr(float("inf"))
 

@@ -18,7 +18,6 @@ __all__ = ["watched_step_kernel"]
 _BLOCK = tl.constexpr(BLOCK)
 _WORDS = tl.constexpr(WORDS)
 _INFINITY = tl.constexpr(math.inf)
-_NAN = tl.constexpr(math.nan)
 
 
 @triton.jit
@@ -77,8 +76,10 @@ def watched_step_kernel(
         bias2_sqrt = tl.load(row + 4)
         eps = tl.load(row + 5)
         one = tl.full([], 1.0, COMPUTE)
-        scale = tl.where(step_size > 0, divide(one, multiply(bias2_sqrt, step_size, PACKS)), _NAN)
-        offset = tl.where(step_size > 0, divide(eps, step_size), _NAN)
+        # Not a global: Triton compares those at every launch, and NaN is not equal to itself.
+        nan = float("nan")
+        scale = tl.where(step_size > 0, divide(one, multiply(bias2_sqrt, step_size, PACKS)), nan)
+        offset = tl.where(step_size > 0, divide(eps, step_size), nan)
         last_scale = _load(record + 7, COMPUTE)
         scale_change = scale - last_scale
         offset_change = offset - _load(record + 8, COMPUTE)
@@ -105,7 +106,7 @@ def watched_step_kernel(
         tl.store(record + 2, grown)
         _store(record + 3, tl.where(largest == largest, smallest, largest))
         _store(record + 4, largest)
-        _store(record + 5, tl.where(scale_change == scale_change, least, _NAN))
+        _store(record + 5, tl.where(scale_change == scale_change, least, nan))
         _store(record + 6, step_size)
         _store(record + 7, scale)
         _store(record + 8, offset)
