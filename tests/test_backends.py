@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 from support import PLACES, Place, name_of
 
 from adamal_kernels import info
-from adamal_kernels.backends import BACKENDS
+from adamal_kernels.backends import BACKENDS, native, pick
 from adamal_kernels.bucket import BucketKey, SecondMoment
+from adamal_kernels.build_info import ExtensionRecord
 from adamal_kernels.cases import Case, cases
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
 from adamal_kernels.verify import (
@@ -78,3 +82,85 @@ def test_types_outside_the_table_are_unsupported(name: str) -> None:
     dtypes = DtypePair(torch.int32, torch.int32)
     key = BucketKey(torch.device("cpu"), dtypes, SecondMoment.MONOTONE)
     assert "int32" in BACKENDS[name].unsupported(key)
+
+
+class StandInKernels:
+    """The module of CUDA kernels, as far as it is asked whether it can launch any."""
+
+    def __init__(self, error: str | None, driver: int) -> None:
+        self.error, self.driver, self.asked = error, driver, 0
+
+    def launch_error(self) -> str | None:
+        self.asked += 1
+        return self.error
+
+    def driver_version(self) -> int:
+        return self.driver
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., StandInKernels]]:
+    """Make it seem as if this machine had GPUs, whose kernels a stand-in is asked about."""
+
+    def install(error: str | None, driver: int = 13000) -> StandInKernels:
+        kernels = StandInKernels(error, driver)
+        monkeypatch.setitem(sys.modules, "adamal_kernels._cuda", kernels)
+        record = ExtensionRecord(
+            "_cuda", True, "", "pip install .", cuda="13.0", archs=("80", "90a", "100")
+        )
+        monkeypatch.setattr(native, "extension_record", lambda name: record)
+        monkeypatch.setattr(native, "why_not_importable", lambda name: None)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        # It would ask the GPU, and remember.
+        monkeypatch.setattr(type(BACKENDS["triton"]), "unavailable", lambda *_: "left out here")
+        return kernels
+
+    native._why_not_launchable.cache_clear()
+    yield install
+    native._why_not_launchable.cache_clear()
+
+
+def test_a_gpu_that_the_kernels_run_on_is_asked_once(
+    gpu: Callable[..., StandInKernels],
+) -> None:
+    kernels = gpu(None)
+    for device in ("cuda:1", "cuda", "cuda:1"):
+        assert BACKENDS["cuda"].unavailable(torch.device(device)) is None
+    assert kernels.asked == 1
+    assert BACKENDS["cuda"].unavailable(torch.device("cuda", 2)) is None
+    assert kernels.asked == 2
+
+
+def test_a_gpu_that_the_kernels_were_not_built_for(gpu: Callable[..., StandInKernels]) -> None:
+    gpu("no kernel image is available")
+    assert BACKENDS["cuda"].unavailable(torch.device("cuda", 0)) == (
+        "its kernels cannot be launched on cuda:0 (no kernel image is available): they were built "
+        "by CUDA 13.0 for compute capability 8.0, 9.0a, 10.0, and cuda:0 has 7.5 and a driver that "
+        "runs CUDA 13.0; in the source tree, run: ADAMAL_CUDA_ARCHS=7.5 pip install ."
+    )
+    # Not so much as tried: a step would end in the middle of its launches.
+    key = BucketKey(torch.device("cuda", 0), DTYPE_PAIRS[0], SecondMoment.MONOTONE)
+    with pytest.warns(UserWarning) as warned:
+        assert pick(key).name == "foreach"
+    assert "because cuda: its kernels cannot be launched" in str(warned[0].message)
+    with pytest.raises(RuntimeError, match="no kernel image is available"):
+        pick(key, backend="cuda")
+
+
+def test_a_driver_that_is_older_than_the_kernels(gpu: Callable[..., StandInKernels]) -> None:
+    gpu("the driver is too old", driver=12040)
+    reason = BACKENDS["cuda"].unavailable(torch.device("cuda", 0))
+    assert "a driver that runs CUDA 12.4; update the driver; or, by CUDA 12.4 or older" in reason
+
+
+def test_amd_gpus_are_told_of_triton_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA build would not help there, whichever extension is missing."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(native, "why_not_importable", lambda name: f"{name} was not built")
+    reason = BACKENDS["cuda"].unavailable(torch.device("cuda", 0))
+    assert reason == "it is written for NVIDIA GPUs; on AMD GPUs use backend='triton'"
+    assert "these are on cpu" in BACKENDS["cuda"].unavailable(torch.device("cpu"))

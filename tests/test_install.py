@@ -204,6 +204,24 @@ def test_the_architectures_can_be_chosen(checkout: Checkout, variable: str) -> N
     assert f"does not compile for 75 ({variable}='8.0;7.5')" in said
 
 
+def test_the_architectures_of_the_gpus_that_are_here(checkout: Checkout) -> None:
+    checkout.install_nvcc()
+    cuda_torch = stand_in_torch("12.8")
+    gpus = (
+        "class cuda:\n    is_available = staticmethod(lambda: {})\n    device_count = lambda: 3\n"
+    )
+    gpus += "    get_device_capability = [(9, 0), (8, 0), (9, 0)].__getitem__\n"
+    package = "torch/__init__.py"
+    there, none = (
+        {**cuda_torch, package: cuda_torch[package] + gpus.format(found)} for found in (True, False)
+    )
+    wheel = checkout.build(there, ADAMAL_CUDA_ARCHS="native")
+    assert wheel.extensions["_cuda"]["archs"] == ["80", "90"]
+    said = checkout.error(none, ADAMAL_BUILD="cuda", ADAMAL_CUDA_ARCHS="native")
+    assert "torch finds none" in said
+    assert 'ADAMAL_CUDA_ARCHS="9.0"' in said
+
+
 def test_an_extension_that_fell_away_is_not_shipped(checkout: Checkout) -> None:
     checkout.install_nvcc()
     assert checkout.build(stand_in_torch("12.8")).modules == ["_C", "_cuda"]

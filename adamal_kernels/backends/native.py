@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from importlib import import_module
 from typing import Any
 
 import torch
 
 from ..bucket import BucketKey
+from ..build_info import extension_record
 from ..dtypes import DTYPE_PAIRS
 from .planned import PlannedBackend, why_not_importable
 
@@ -51,16 +54,19 @@ class CudaBackend(NativeBackend):
 
     def unavailable(self, device: torch.device) -> str | None:
         """See :class:`adamal_kernels.backends.Backend`."""
+        # First: whoever has an AMD GPU is not helped by a CUDA build.
+        if device.type == "cuda" and torch.version.hip is not None:
+            return "it is written for NVIDIA GPUs; on AMD GPUs use backend='triton'"
         if reason := super().unavailable(device) or why_not_importable("_cuda"):
             return reason
-        if torch.version.hip is not None:
-            return "it is written for NVIDIA GPUs; on AMD GPUs use backend='triton'"
         if not torch.cuda.is_available():
             return (
                 "torch finds no usable CUDA device (torch.cuda.is_available() is False); "
                 "run where an NVIDIA GPU and a CUDA build of torch are present"
             )
-        return None
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return _why_not_launchable(device)
 
     def new_plan(self, key: BucketKey) -> Any:
         """See :meth:`PlannedBackend.new_plan`."""
@@ -69,3 +75,32 @@ class CudaBackend(NativeBackend):
         return extension.cuda_plan(
             DTYPE_PAIRS.index(key.dtypes), int(key.second_moment), key.device.index, kernels.api
         )
+
+
+@functools.cache
+def _why_not_launchable(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot be launched on a GPU, with the remedy; None if they can."""
+    kernels = import_module("adamal_kernels._cuda")
+    # torch's guard: it makes no context on the device that is current now.
+    with torch.cuda.device(device):
+        error = kernels.launch_error()
+    if error is None:
+        return None
+    record, driver = extension_record("_cuda"), kernels.driver_version()
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    built_for = ", ".join(re.sub(r"(\d\D*)$", r".\1", arch) for arch in record.archs)
+    runs = f"CUDA {driver // 1000}.{driver % 1000 // 10}"
+    remedy = f"in the source tree, run: ADAMAL_CUDA_ARCHS={capability} {record.command}"
+    if record.cuda is not None and _number_of(record.cuda) > driver:
+        remedy = f"update the driver; or, by {runs} or older, {remedy}"
+    return (
+        f"its kernels cannot be launched on {device} ({error}): they were built by CUDA "
+        f"{record.cuda} for compute capability {built_for}, and {device} has {capability} and a "
+        f"driver that runs {runs}; {remedy}"
+    )
+
+
+def _number_of(cuda: str) -> int:
+    """Return a version such as "12.8" as CUDA numbers it: 12080."""
+    major, minor = cuda.split(".")[:2]
+    return 1000 * int(major) + 10 * int(minor)
