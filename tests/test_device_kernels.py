@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from native_harness import Command, DeviceCase, Harness, StepCase, TensorCase
+from native_programs import CSRC
 from test_native_walk import check, encoded, make_tensor
 
 from adamal_kernels.bucket import SecondMoment
@@ -33,6 +35,25 @@ OTHERS = (
     OPTIONS._replace(decoupled_weight_decay=True, maximize=True, lower=-0.25, upper=0.5),
     OPTIONS._replace(bias_correction=False, beta1=0.0, eps=0.0),
 )
+
+
+def test_what_the_kernels_ask_of_the_cuda_runtime() -> None:
+    """No device is made current, which makes a context there, and no host memory is copied.
+
+    The plan does both by torch: its guard makes no context, and it frees no pinned memory that a
+    copy has yet to read.
+    """
+    asked: set[str] = set()
+    for source in (*CSRC.glob("*.cu"), *CSRC.glob("*.cpp"), *CSRC.glob("*.h")):
+        asked.update(re.findall(r"\b(cu(?:da)?[A-Z]\w*)\(", source.read_text()))
+    assert asked == {
+        "cudaDriverGetVersion",
+        "cudaFuncGetAttributes",
+        "cudaGetErrorString",
+        "cudaGetLastError",
+        "cudaMemsetAsync",
+        "cudaStreamIsCapturing",
+    }
 
 
 @pytest.fixture(scope="module")

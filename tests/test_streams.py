@@ -125,3 +125,16 @@ def test_triton_launches_the_compiled_kernel(place: Place, monkeypatch: pytest.M
     for number in range(3, STEPS):
         run.step(number)
     assert asked == []
+
+
+def test_tables_that_wait_for_the_device(place: Place) -> None:
+    """Host memory that a copy has yet to read is given to no other copy."""
+    for _ in range(2):  # The second time, kernels are compiled and the allocators have memory.
+        runs = [Run(place.device, place.backend) for _ in range(4)]
+        torch.cuda.synchronize()
+        torch.cuda._sleep(1_000_000_000)
+        for number in range(STEPS):
+            for run in runs:  # Each binds tables of the same size.
+                run.step(number)
+    for run in runs:
+        assert_equal_to_reference(run)
