@@ -6,7 +6,7 @@
 
 namespace adamal {
 
-inline constexpr const char* kCudaApiCapsule = "adamal_kernels.cuda_api/3";
+inline constexpr const char* kCudaApiCapsule = "adamal_kernels.cuda_api/4";
 
 struct CudaApi {
   decltype(&step_cuda) step;
@@ -14,7 +14,7 @@ struct CudaApi {
   decltype(&step_and_project_cuda) step_and_project;
   decltype(&device_rows_bytes) rows_bytes;
   decltype(&squared_norm_cuda) squared_norm;
-  decltype(&upload_cuda) upload;
+  decltype(&is_capturing_cuda) is_capturing;
 };
 
 }  // namespace adamal

@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <limits>
 
-#include "device_guard.h"
 #include "gradient_norm.h"
 #include "launch_params.h"
 #include "step.h"
@@ -100,10 +99,8 @@ cudaError_t launch_all(const Bucket& bucket, const DeviceTables& tables, double*
 }  // namespace
 
 const char* squared_norm_cuda(const Bucket& bucket, const DeviceTables& tables, double* scratch,
-                              double* total, int device, void* stream) {
+                              double* total, void* stream) {
   if (bucket.item_count > std::numeric_limits<int32_t>::max()) return kTooManyItems;
-  const DeviceGuard guard(device);
-  if (guard.error() != cudaSuccess) return cudaGetErrorString(guard.error());
   cudaError_t error = cudaSuccess;
   const bool known = dispatch(bucket, [&](auto key) {
     using Key = decltype(key);

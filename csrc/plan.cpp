@@ -4,10 +4,12 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cstring>
 
 namespace adamal {
 namespace {
@@ -62,7 +64,19 @@ void check_sets(const std::vector<TensorEntry>& tensors, const std::vector<Coupl
   }
 }
 
+// Enqueues a copy to the beginning of device memory, on its device's current stream.
+void copy_staged(const std::vector<char>& image, const at::Tensor& memory) {
+  const auto bytes = static_cast<int64_t>(image.size());
+  at::Tensor staged = empty_host({bytes}, at::kByte, memory.device());
+  std::memcpy(staged.mutable_data_ptr(), image.data(), image.size());
+  memory.narrow(0, 0, bytes).copy_(staged, /*non_blocking=*/true);
+}
+
 }  // namespace
+
+at::Tensor empty_host(at::IntArrayRef sizes, at::ScalarType type, c10::Device device) {
+  return at::empty(sizes, at::TensorOptions().dtype(type).pinned_memory(!device.is_cpu()));
+}
 
 void Plan::bind(const std::vector<TensorEntry>& tensors, const std::vector<CoupledRows>& sets,
                 const std::vector<at::Tensor>& records) {
@@ -209,6 +223,7 @@ at::Tensor CpuPlan::launch_squared_norm(const Bucket& bucket) {
 }
 
 void CudaPlan::launch(const Bucket& bucket) {
+  const c10::DeviceGuard guard(device());
   const c10::Stream stream = prepared_stream(bucket);
   void* rows = nullptr;
   if (bucket.device != nullptr) {
@@ -216,23 +231,22 @@ void CudaPlan::launch(const Bucket& bucket) {
     rows = rows_.mutable_data_ptr();
   }
   const DeviceTables tables = tables_of(bucket);
-  const int index = device().index();
   void* const on = stream.native_handle();
   const auto step = bucket.records == nullptr ? api_.step : api_.watched_step;
-  check(set_memory_.defined() ? api_.step_and_project(bucket, tables, set_tables_, index, on)
-                              : step(bucket, tables, rows, index, on),
+  check(set_memory_.defined() ? api_.step_and_project(bucket, tables, set_tables_, on)
+                              : step(bucket, tables, rows, on),
         "the step's launch");
 }
 
 at::Tensor CudaPlan::launch_squared_norm(const Bucket& bucket) {
+  const c10::DeviceGuard guard(device());
   const c10::Stream stream = prepared_stream(bucket);
   const auto options = at::TensorOptions().dtype(at::kDouble).device(device());
   const at::Tensor scratch = at::empty({bucket.item_count + bucket.tensor_count}, options);
   at::Tensor total = at::empty({}, options);
-  check(
-      api_.squared_norm(bucket, tables_of(bucket), scratch.mutable_data_ptr<double>(),
-                        total.mutable_data_ptr<double>(), device().index(), stream.native_handle()),
-      "the norm's launch");
+  check(api_.squared_norm(bucket, tables_of(bucket), scratch.mutable_data_ptr<double>(),
+                          total.mutable_data_ptr<double>(), stream.native_handle()),
+        "the norm's launch");
   return total;
 }
 
@@ -243,7 +257,16 @@ void CudaPlan::prepare() {
 
 c10::Stream CudaPlan::prepared_stream(const Bucket& bucket) {
   const c10::Stream stream = c10::impl::VirtualGuardImpl(device().type()).getStream(device());
-  if (!uploaded_) upload(bucket, stream);
+  if (!uploaded_) {
+    // A graph would read the staged memory again in every replay, when others write there.
+    TORCH_CHECK(!api_.is_capturing(stream.native_handle()),
+                "adamal_kernels: a CUDA graph is being captured on ", device(),
+                " and the parameters or their state are not those of the last step: take a step "
+                "outside the graph first");
+    upload(bucket);
+    allocation_stream_ = stream;
+    uploaded_ = true;
+  }
   // Freed memory is handed out again on the stream it was allocated on.
   if (stream != *allocation_stream_) {
     table_.record_stream(stream);
@@ -269,40 +292,30 @@ DeviceTables CudaPlan::tables_of(const Bucket& bucket) const {
   return {tensors, items, first_items, bucket.records == nullptr ? nullptr : records};
 }
 
-void CudaPlan::upload(const Bucket& bucket, c10::Stream stream) {
+void CudaPlan::upload(const Bucket& bucket) {
   std::vector<int64_t> first_items(bucket.tensor_count);
   for (int64_t i = bucket.item_count - 1; i >= 0; --i) first_items[bucket.items[i].tensor] = i;
-  const size_t tensor_bytes = bucket.tensor_count * sizeof(TensorEntry);
-  const size_t item_bytes = bucket.item_count * sizeof(WorkItem);
-  const size_t first_bytes = bucket.tensor_count * sizeof(int64_t);
-  const size_t record_bytes = bucket.records == nullptr ? 0 : bucket.tensor_count * sizeof(void*);
-  table_ =
-      bytes_on_device(static_cast<int64_t>(tensor_bytes + item_bytes + first_bytes + record_bytes));
-  rows_ = bytes_on_device(api_.rows_bytes(bucket));
-  allocation_stream_ = stream;
-  auto* target = static_cast<char*>(table_.mutable_data_ptr());
-  const auto append = [&](const void* source, size_t bytes) {
-    if (bytes == 0) return;
-    check(api_.upload(target, source, bytes, device().index(), stream.native_handle()),
-          "copying the tensor table");
-    target += bytes;
+  std::vector<char> image;
+  const auto append = [&](const auto* table, int64_t count) {
+    const auto* const bytes = reinterpret_cast<const char*>(table);
+    image.insert(image.end(), bytes, bytes + count * sizeof(*table));
   };
-  append(bucket.tensors, tensor_bytes);
-  append(bucket.items, item_bytes);
-  append(first_items.data(), first_bytes);
-  append(bucket.records, record_bytes);
+  append(bucket.tensors, bucket.tensor_count);
+  append(bucket.items, bucket.item_count);
+  append(first_items.data(), bucket.tensor_count);
+  if (bucket.records != nullptr) append(bucket.records, bucket.tensor_count);
+  table_ = bytes_on_device(static_cast<int64_t>(image.size()));
+  rows_ = bytes_on_device(api_.rows_bytes(bucket));
+  copy_staged(image, table_);
   set_memory_.reset();
-  if (bucket.sets != nullptr) upload_sets(bucket, stream);
-  uploaded_ = true;
+  if (bucket.sets != nullptr) upload_sets(bucket);
 }
 
-void CudaPlan::upload_sets(const Bucket& bucket, c10::Stream stream) {
+void CudaPlan::upload_sets(const Bucket& bucket) {
   const SetWork work(bucket);
   at::Tensor memory = bytes_on_device(work.bytes());
   auto* const base = static_cast<char*>(memory.mutable_data_ptr());
-  const std::vector<char> image = work.image_for(base);
-  check(api_.upload(base, image.data(), image.size(), device().index(), stream.native_handle()),
-        "copying the table of sets");
+  copy_staged(work.image_for(base), memory);
   set_tables_ = work.tables_at(base);
   set_memory_ = memory;
 }

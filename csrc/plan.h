@@ -16,6 +16,11 @@
 
 namespace adamal {
 
+// Host memory from which a copy to `device` need not wait for it. A block of pinned memory is not
+// handed out again by torch before the copies out of it have run. Pageable memory may be read after
+// the call too, where the device reads it by itself and the driver stages nothing.
+at::Tensor empty_host(at::IntArrayRef sizes, at::ScalarType type, c10::Device device);
+
 // The table of a bucket's tensors and its work items, on one device.
 class Plan {
  public:
@@ -111,8 +116,8 @@ class CudaPlan : public Plan {
   void prepare() override;
   // Copies the tables where they changed; returns the stream to launch on.
   c10::Stream prepared_stream(const Bucket& bucket);
-  void upload(const Bucket& bucket, c10::Stream stream);
-  void upload_sets(const Bucket& bucket, c10::Stream stream);
+  void upload(const Bucket& bucket);
+  void upload_sets(const Bucket& bucket);
   at::Tensor bytes_on_device(int64_t bytes) const;
   DeviceTables tables_of(const Bucket& bucket) const;
   void check(const char* error, const char* what) const;

@@ -1,6 +1,5 @@
 #include "plan_triton.h"
 
-#include <ATen/ops/empty.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
@@ -100,13 +99,6 @@ SetWords entry_of(const CoupledRows& rows) {
           rows.reduced_count,
           runs_of(rows.kept_count, rows.kept_sizes, rows.kept_strides),
           runs_of(rows.reduced_count, rows.reduced_sizes, rows.reduced_strides)};
-}
-
-// Host memory from which a copy to `device` need not wait for it. A block of pinned memory is not
-// handed out again by torch before the copies out of it have run; pageable memory is copied in the
-// call, for which that has to wait wherever the driver's own staging buffers are full.
-at::Tensor empty_host(at::IntArrayRef sizes, at::ScalarType type, c10::Device device) {
-  return at::empty(sizes, at::TensorOptions().dtype(type).pinned_memory(!device.is_cpu()));
 }
 
 template <typename T>

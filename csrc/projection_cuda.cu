@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <limits>
 
-#include "device_guard.h"
 #include "launch_params.h"
 #include "projection_launches.h"
 #include "scalars_cuda.h"
@@ -45,7 +44,7 @@ cudaError_t launch(const Kernel& kernel, int64_t blocks, cudaStream_t stream) {
 // The scalars, the step by them, and the kernels that project what it has stored.
 template <typename Key>
 const char* launch_all(const Bucket& bucket, const DeviceTables& tables, const SetTables& sets,
-                       int device, cudaStream_t stream) {
+                       cudaStream_t stream) {
   using T = ComputeType<typename Key::Param>;
   const auto scalars = DeviceRows<T>::at(sets.scalars);
   cudaError_t error = cudaMemsetAsync(sets.is_searching, 0, sets.zeroed_bytes, stream);
@@ -57,7 +56,7 @@ const char* launch_all(const Bucket& bucket, const DeviceTables& tables, const S
   if (bucket.device == nullptr) store_scalars(bucket, tables, scalars, launch_on_stream);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   if (bucket.records != nullptr) {
-    const char* failure = watched_step_cuda(bucket, tables, sets.scalars, device, stream);
+    const char* failure = watched_step_cuda(bucket, tables, sets.scalars, stream);
     if (failure != nullptr) return failure;
   } else {
     if (bucket.device != nullptr) error = derive_scalars_cuda(bucket, scalars, stream);
@@ -75,15 +74,12 @@ const char* launch_all(const Bucket& bucket, const DeviceTables& tables, const S
 }  // namespace
 
 const char* step_and_project_cuda(const Bucket& bucket, const DeviceTables& tables,
-                                  const SetTables& sets, int device, void* stream) {
+                                  const SetTables& sets, void* stream) {
   const int64_t most_blocks = std::max({bucket.item_count, sets.tile_count, sets.long_row_count});
   if (most_blocks > std::numeric_limits<int32_t>::max()) return kTooManyItems;
-  const DeviceGuard guard(device);
-  if (guard.error() != cudaSuccess) return cudaGetErrorString(guard.error());
   const char* failure = nullptr;
   const bool known = dispatch(bucket, [&](auto key) {
-    failure =
-        launch_all<decltype(key)>(bucket, tables, sets, device, static_cast<cudaStream_t>(stream));
+    failure = launch_all<decltype(key)>(bucket, tables, sets, static_cast<cudaStream_t>(stream));
   });
   return known ? failure : "no kernel for this pair of types and second moment";
 }

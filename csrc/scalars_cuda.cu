@@ -1,5 +1,7 @@
-// Derives the scalars of a step on the device: a thread a tensor. Includes no torch header.
+// Derives the scalars of a step on the device: a thread a tensor. Says, too, whether the device can
+// run any of this. Includes no torch header.
 #include "scalars_cuda.h"
+#include "step.h"
 
 namespace adamal {
 namespace {
@@ -39,6 +41,21 @@ cudaError_t derive_scalars_cuda(const Bucket& bucket, DeviceRows<float> scalars,
 cudaError_t derive_scalars_cuda(const Bucket& bucket, DeviceRows<double> scalars,
                                 cudaStream_t stream) {
   return derive(bucket, scalars, stream);
+}
+
+// All files are compiled for the same architectures, and this one's module is the smallest to load.
+const char* launch_error_cuda() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error =
+      cudaFuncGetAttributes(&attributes, adamal_derive_scalars<SmallDeriveParams<float>>);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // The next launch would report it again.
+  return cudaGetErrorString(error);
+}
+
+int driver_version_cuda() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
 }  // namespace adamal

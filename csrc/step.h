@@ -53,31 +53,35 @@ struct DeviceTables {
   ItemRecord* const* records;  // of each tensor; null: the step is not watched
 };
 
-// Enqueues the step of a whole bucket on `stream` (a cudaStream_t) of `device`. `bucket` is the
-// host's view: its tables lie in host memory, the tensors and gradients they point to on the
+// Enqueues the step of a whole bucket on `stream` (a cudaStream_t) of the current device. `bucket`
+// is the host's view: its tables lie in host memory, the tensors and gradients they point to on the
 // device. `rows` is device memory of device_rows_bytes(bucket); not used, and may be null, where
 // the scalars are the host's. Returns nullptr, or what went wrong (a static string).
-const char* step_cuda(const Bucket& bucket, const DeviceTables& tables, void* rows, int device,
-                      void* stream);
+const char* step_cuda(const Bucket& bucket, const DeviceTables& tables, void* rows, void* stream);
 int64_t device_rows_bytes(const Bucket& bucket);
 
 // The same, and keeps what the step came to in the records.
 const char* watched_step_cuda(const Bucket& bucket, const DeviceTables& tables, void* rows,
-                              int device, void* stream);
+                              void* stream);
 // Steps, watching or not, and projects a bucket whose sets couple elements. `sets` are its tables
 // of set_tables.h on the device, with room for its scalars.
 struct SetTables;
 const char* step_and_project_cuda(const Bucket& bucket, const DeviceTables& tables,
-                                  const SetTables& sets, int device, void* stream);
+                                  const SetTables& sets, void* stream);
 
 // Enqueues the sum of squares of all gradients into `total`. `scratch` is device memory for a
 // double a work item and a double a tensor. Returns as step_cuda does.
 const char* squared_norm_cuda(const Bucket& bucket, const DeviceTables& tables, double* scratch,
-                              double* total, int device, void* stream);
+                              double* total, void* stream);
 
-// Enqueues a copy of host memory, which may be reused on return, to device memory of `device`.
-// Returns as step_cuda does.
-const char* upload_cuda(void* device_memory, const void* host_memory, size_t bytes, int device,
-                        void* stream);
+// Whether a CUDA graph is being captured on `stream`.
+bool is_capturing_cuda(void* stream);
+
+// Why the current device can launch no kernel of this module: a static string, or nullptr if it
+// can.
+const char* launch_error_cuda();
+
+// The newest CUDA that the driver runs, 1000 * major + 10 * minor; 0 without a driver.
+int driver_version_cuda();
 
 }  // namespace adamal

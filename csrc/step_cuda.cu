@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <limits>
 
-#include "device_guard.h"
 #include "launch_params.h"
 #include "multi_tensor.h"
 #include "scalars_cuda.h"
@@ -84,11 +83,8 @@ int64_t device_rows_bytes(const Bucket& bucket) {
              : DeviceRows<float>::bytes(bucket.tensor_count);
 }
 
-const char* step_cuda(const Bucket& bucket, const DeviceTables& tables, void* rows, int device,
-                      void* stream) {
+const char* step_cuda(const Bucket& bucket, const DeviceTables& tables, void* rows, void* stream) {
   if (bucket.item_count > std::numeric_limits<int32_t>::max()) return kTooManyItems;
-  const DeviceGuard guard(device);
-  if (guard.error() != cudaSuccess) return cudaGetErrorString(guard.error());
   cudaError_t error = cudaSuccess;
   const bool known = dispatch(bucket, [&](auto key) {
     using Key = decltype(key);
@@ -100,20 +96,10 @@ const char* step_cuda(const Bucket& bucket, const DeviceTables& tables, void* ro
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-const char* upload_cuda(void* device_memory, const void* host_memory, size_t bytes, int device,
-                        void* stream) {
-  const DeviceGuard guard(device);
-  if (guard.error() != cudaSuccess) return cudaGetErrorString(guard.error());
-  cudaStreamCaptureStatus status;
-  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess &&
-      status != cudaStreamCaptureStatusNone) {
-    return "a CUDA graph is being captured and the parameters or their state are not those of the "
-           "last step: take a step outside the graph first";
-  }
-  // Pageable host memory is staged before the call returns.
-  const cudaError_t error = cudaMemcpyAsync(
-      device_memory, host_memory, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream));
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+bool is_capturing_cuda(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const auto on = static_cast<cudaStream_t>(stream);
+  return cudaStreamIsCapturing(on, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
 }
 
 }  // namespace adamal

@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <limits>
 
-#include "device_guard.h"
 #include "scalars_cuda.h"
 #include "step.h"
 #include "watched_block.h"
@@ -107,10 +106,8 @@ cudaError_t launch_all_on_device(const Bucket& bucket, const DeviceTables& table
 }  // namespace
 
 const char* watched_step_cuda(const Bucket& bucket, const DeviceTables& tables, void* rows,
-                              int device, void* stream) {
+                              void* stream) {
   if (bucket.item_count > std::numeric_limits<int32_t>::max()) return kTooManyItems;
-  const DeviceGuard guard(device);
-  if (guard.error() != cudaSuccess) return cudaGetErrorString(guard.error());
   cudaError_t error = cudaSuccess;
   const bool known = dispatch(bucket, [&](auto key) {
     using Key = decltype(key);
