@@ -77,8 +77,8 @@ const char* squared_norm_cuda(const Bucket& bucket, const DeviceTables& tables, 
 // Whether a CUDA graph is being captured on `stream`.
 bool is_capturing_cuda(void* stream);
 
-// Why the current device can launch no kernel of this module: a static string, or nullptr if it
-// can.
+// Why the current device, or its driver, can launch no kernel of this module, whatever it is: a
+// static string; nullptr if that is not known.
 const char* launch_error_cuda();
 
 // The newest CUDA that the driver runs, 1000 * major + 10 * minor; 0 without a driver.
