@@ -152,6 +152,11 @@ def test_sets_that_couple_elements() -> None:
     run_with_triton("test_coupled.py", *(f"not {name}" for name in left_out))
 
 
+def test_scalars_of_the_device() -> None:
+    """The tests of device scalars pass with Triton, but for those of the table of cases."""
+    run_with_triton("test_device_scalars.py", "not capturable_gives")
+
+
 def run_with_triton(file: str, *selected: str) -> None:
     """Run the tests of a file that step by Triton, in its interpreter."""
     chosen = " and ".join(("triton", *selected))
