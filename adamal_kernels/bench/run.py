@@ -28,6 +28,7 @@ __all__ = [
     "Result",
     "Venue",
     "case_room",
+    "dtype_name",
     "gradients",
     "time_case",
     "why_no_room",
@@ -142,7 +143,7 @@ class Gate:
 
     def check(self, backend: str, dtype: torch.dtype) -> list[str]:
         """Return what differs from ``reference``, bit for bit, or is far from the oracle."""
-        place = (backend, _name(dtype))
+        place = (backend, dtype_name(dtype))
         if place not in self.mismatches:
             self.mismatches[place] = list(self._differences(backend, dtype))
         return self.mismatches[place]
@@ -215,7 +216,7 @@ def time_case(
             case.name,
             title,
             case.series,
-            _name(dtype),
+            dtype_name(dtype),
             age,
             len(shapes),
             sum(map(prod, shapes)),
@@ -506,5 +507,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a type's name as ``--dtype`` has it."""
     return str(dtype).removeprefix("torch.")
