@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.cells import cell_len
 from rich.console import Console
-from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -29,8 +29,6 @@ __all__ = [
     "deadline",
     "print_table",
 ]
-
-_UNLIMITED = 10_000
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -174,7 +172,9 @@ def print_table(
         )
     for row in rows:
         table.add_row(*row)
-    needed = Measurement.get(console, console.options.update_width(_UNLIMITED), table).minimum
+    columns = list(zip(headers, *rows, strict=True))
+    # A column has a border and two blanks.
+    needed = 1 + sum(3 + _width(column, i == wrapped) for i, column in enumerate(columns))
     if needed <= console.width:
         console.print(table)
         return
@@ -189,6 +189,13 @@ def print_table(
             ]
             for line in _flow(pairs, console.width - 2):
                 console.print(Padding(line, (0, 0, 0, 2)))
+
+
+def _width(cells: Sequence[str], wraps: bool) -> int:
+    """Return the width that these cells need: of a line, or, where they wrap, of a word."""
+    texts = [Text.from_markup(cell).plain for cell in cells]
+    parts = [part for text in texts for part in (text.split() if wraps else text.splitlines())]
+    return max(map(cell_len, parts), default=0)
 
 
 def _flow(pieces: Sequence[Text], width: int) -> Iterator[Text]:

@@ -345,7 +345,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         action="append",
         choices=list(BACKENDS),
-        help="check only this one; may be given more than once",
+        metavar="NAME",
+        help=f"check only this one; may be given more than once: {', '.join(BACKENDS)}",
     )
     add_device(
         parser, "check only on this one, such as cpu or cuda:0. Default: cpu, and cuda:0 if any"
@@ -415,18 +416,20 @@ def main(chosen: argparse.Namespace, console: Console) -> int:
     output = JsonOutput(chosen.json, lambda: as_json(check))
     for name, reason in check.refused.items():
         console.print(f"[red]{name} was asked for and cannot run here[/red]: {escape(reason)}")
+    if not check.can_check:
+        output.finish()
+        return 1
+    output.update()
     interrupted = False
-    if check.can_check:
+    try:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            output.update()
-            try:
-                for case in progress.track(table, description="verify"):
-                    if time.monotonic() >= end:
-                        break
-                    check.run(case)
-                    output.update()
-            except KeyboardInterrupt:
-                interrupted = True
+            for case in progress.track(table, description="verify"):
+                if time.monotonic() >= end:
+                    break
+                check.run(case)
+                output.update()
+    except KeyboardInterrupt:
+        interrupted = True
     report(check, console)
     output.finish()
     if interrupted:

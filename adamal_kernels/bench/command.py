@@ -141,13 +141,15 @@ def main(chosen: argparse.Namespace, console: Console) -> int:
     for name in sorted(named & left_out.keys()):
         reason = escape(left_out[name])
         console.print(f"[red]{name} was asked for and cannot run here[/red]: {reason}")
+    if named and named <= left_out.keys():
+        output.finish()
+        return 1
+    output.update()
     interrupted = False
-    if not named or named - left_out.keys():
-        output.update()
-        try:
-            _measure(run, work, contenders, chosen, end, console, output)
-        except KeyboardInterrupt:
-            interrupted = True
+    try:
+        _measure(run, work, contenders, chosen, end, console, output)
+    except KeyboardInterrupt:
+        interrupted = True
     print_run(run, console)
     output.finish()
     if chosen.plot is not None:

@@ -27,7 +27,7 @@ __all__ = ["SERIES", "Run", "as_json", "device_slug", "environment", "print_run"
 
 _PACKAGES = ("numpy", "torch-optimi", "torchao", "bitsandbytes", "flashoptim")
 
-_TABLE_WIDTH = 160
+_TABLE_WIDTH = 180
 _BUSY_CORES = 0.15
 
 SERIES = {
@@ -166,6 +166,8 @@ def _print_cases(run: Run, console: Console) -> None:
         if record.series is None and record.results:
             columns = zip(*_rows(run, record, on_gpu), strict=True)
             rows.append(["\n".join(_about(record)), *map("\n".join, columns)])
+    if run.not_reached:
+        rows.append(["\n".join(run.not_reached), "not reached", *[""] * (len(headers) - 2)])
     if rows:
         print_table(
             console,
@@ -261,6 +263,8 @@ def _remarks(run: Run) -> Iterator[str]:
             f"[yellow]NOT REACHED: {len(run.not_reached)} of {total} cases[/yellow]: "
             + "; ".join(run.not_reached)
         )
+    if not any(record.results for record in run.records):
+        yield "[red]nothing was timed[/red]"
     for name, reason in run.left_out.items():
         yield f"[yellow]{name}[/yellow] left out: {escape(reason)}"
     left_out: defaultdict[str, list[str]] = defaultdict(list)

@@ -90,7 +90,7 @@ class Result:
     host_s: Spread | None
     """Until the call returns; None where that is the same."""
     device_s: Spread | None
-    """The device's own time; None without a GPU."""
+    """The device's own time; None without a GPU, and where no sample has it."""
     microseconds_a_tensor: float
     """Of wall time."""
     bytes_a_parameter: float | None
@@ -407,11 +407,10 @@ def _add_results(
 
 
 def _spreads(samples: dict[str, list[float | None]]) -> dict[str, Spread]:
-    return {
-        name: Spread.of([value for value in values if value is not None])
-        for name, values in samples.items()
-        if None not in values
+    known = {
+        name: [value for value in values if value is not None] for name, values in samples.items()
     }
+    return {name: Spread.of(values) for name, values in known.items() if values}
 
 
 def _ratios(name: str, spreads: dict[str, Spread]) -> dict[str, float]:
