@@ -31,10 +31,6 @@ def main(arguments: list[str] | None = None) -> int:
     Raises:
         SystemExit: with status 2, the arguments are wrong; with 0, after ``--help`` or
             ``--version``.
-
-    Example:
-        >>> main(["info"])  # doctest: +SKIP
-        0
     """
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)

@@ -449,18 +449,27 @@ def test_json_on_standard_output_is_alone_there(
     assert "reference" in printed.err
 
 
-def test_ctrl_c_prints_and_writes_what_is_done(tmp_path: Path) -> None:
-    file = tmp_path / "verify.json"
-    command = [sys.executable, "-m", "adamal_kernels", "verify", "--backend", "foreach"]
+@pytest.mark.parametrize(
+    "command", ["verify --backend foreach", "bench --case 20000x16 --rounds 99"]
+)
+def test_ctrl_c_prints_and_writes_what_is_done(command: str, tmp_path: Path) -> None:
+    # A shell's background jobs ignore Ctrl-C, and so would what they start.
+    script = """if True:
+        import signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from adamal_kernels.__main__ import main
+        sys.exit(main(sys.argv[1:]))
+    """
+    file = tmp_path / "found.json"
     process = subprocess.Popen(
-        [*command, "--json", str(file)],
+        [sys.executable, "-c", script, *command.split(), "--json", str(file)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
     )
     end = time.monotonic() + 300
-    while not (file.exists() and json.loads(file.read_text())["outcomes"][0]["passed"]):
+    while not (file.exists() and is_under_way(json.loads(file.read_text()))):
         assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -469,10 +478,13 @@ def test_ctrl_c_prints_and_writes_what_is_done(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert errors == ""
     found = json.loads(file.read_text())
-    count = len(found["cases"])
-    assert 0 < len(found["not_reached"]) < count
-    assert f"NOT REACHED: {len(found['not_reached'])} of {count} cases" in printed
-    assert "foreach" in printed
+    assert f"NOT REACHED: {len(found['not_reached'])} of " in printed
+    assert found["not_reached"]
+
+
+def is_under_way(found: dict[str, Any]) -> bool:
+    """Whether verify has checked a case; bench has one alone, and has only begun it."""
+    return "outcomes" not in found or found["outcomes"][0]["passed"] > 0
 
 
 def test_ctrl_c_elsewhere_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
