@@ -5,13 +5,18 @@
     >>> model = torch.nn.Linear(4, 2)
     >>> optimizer = AdamAL(model.parameters(), lr=1e-3)   # where torch.optim.Adam stood
 
-``python -m adamal_kernels info`` says what can run on this machine, and why the rest cannot.
+``adamal info`` says what can run on this machine, and why the rest cannot.
 """
 
-from .optimizer import Adam, AdamAL, AdamALW, AdamW
-from .projections import Box, L1Ball, L2Ball, NonNegative, Simplex
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .version import __version__
-from .watch import ParameterStatistics, Watch
+
+if TYPE_CHECKING:
+    from .optimizer import Adam, AdamAL, AdamALW, AdamW
+    from .projections import Box, L1Ball, L2Ball, NonNegative, Simplex
+    from .watch import ParameterStatistics, Watch
 
 __all__ = [
     "Adam",
@@ -27,3 +32,18 @@ __all__ = [
     "Watch",
     "__version__",
 ]
+
+# torch is imported with the first of these names that is used, so that `adamal --help` needs none.
+# Hidden from type checkers, which would let every other name pass.
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name in __all__:
+            for module in ("optimizer", "projections", "watch"):
+                home = import_module(f".{module}", __name__)
+                if name in home.__all__:
+                    return globals().setdefault(name, getattr(home, name))
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -1,93 +1,65 @@
-"""``python -m adamal_kernels``: info, verify and bench."""
+"""The command line: ``adamal``, or ``python -m adamal_kernels``."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
+from importlib import import_module
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
-from . import bench, info, verify
-from .backends import BACKENDS
 from .version import __version__
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m adamal_kernels", description="AdamAL as one multi-tensor kernel pass."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    of_info = commands.add_parser(
-        "info", help="versions, devices, and each backend: usable, or the reason why not"
-    )
-    of_verify = commands.add_parser(
-        "verify",
-        help="check every usable backend against the float64 oracle, and bit for bit",
-        description="Exit status: 0 if everything that can run here agrees, 1 on any mismatch or "
-        "if a backend that was named cannot run here.",
-    )
-    of_verify.add_argument(
-        "--backend",
-        action="append",
-        choices=sorted(BACKENDS),
-        help="check only this one; may be given more than once",
-    )
-    of_bench = commands.add_parser(
-        "bench",
-        help="time a step against torch.optim.Adam and other packages' Adams",
-        description="Everyone steps in turn, in one process. Nothing is timed of a backend whose "
-        "parity is not right here. In a FILE, {device} and {date} are filled in. Exit status: 0; "
-        "1 if a backend's parity is red, or one that was named cannot run here.",
-    )
-    bench.add_arguments(of_bench)
-    for command in (of_info, of_verify, of_bench):
-        command.add_argument(
-            "--json", type=Path, metavar="FILE", help="also write the result to FILE"
-        )
-    return parser
+# By name, which is its module's, too: a module that defines add_arguments(parser) and
+# main(chosen, console). It is imported, and torch with it, only when the command is used.
+_COMMANDS = {
+    "info": "versions, devices, and each backend: usable, or the reason why not",
+    "verify": "check every usable backend bit for bit, and against the float64 oracle",
+    "bench": "time a step against torch.optim.Adam and other packages' Adams",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
-    parser = _parser()
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run the command line and return the exit status.
+
+    Args:
+        arguments: those after the program's name. Default: ``sys.argv``'s.
+
+    Returns:
+        The command's exit status; 130 after Ctrl-C; 0, and help, where no command is named.
+
+    Raises:
+        SystemExit: with status 2, the arguments are wrong; with 0, after ``--help`` or
+            ``--version``.
+    """
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    prog = "adamal" if Path(sys.argv[0]).name == "adamal" else f"python -m {__package__}"
+    parser = argparse.ArgumentParser(
+        prog=prog, description="AdamAL as one multi-tensor kernel pass."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, summary in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        command.set_defaults(command=name, parser=command)
+        if name in arguments:
+            import_module(f".{name}", __package__).add_arguments(command)
     chosen = parser.parse_args(arguments)
-    if chosen.command == "bench":
-        bench.check_arguments(parser, chosen)
-    if chosen.json is not None and chosen.command != "bench":
-        try:
-            chosen.json.touch()
-        except OSError as error:
-            parser.error(f"--json {chosen.json} cannot be written: {error.strerror}")
-        if chosen.json.is_dir():
-            parser.error(f"--json {chosen.json} is a folder; name a file in it")
-    console = Console()
-    if chosen.command == "info":
-        found = info.collect()
-        info.report(found, console)
-        if chosen.json is not None:
-            chosen.json.write_text(json.dumps(found, indent=2) + "\n")
+    if "command" not in chosen:
+        parser.print_help()
         return 0
-    if chosen.command == "bench":
-        return bench.main(chosen, shlex.join(["python", "-m", __package__, *arguments]), console)
-    with Progress(console=console, transient=True) as progress:
-        outcomes = verify.verify(chosen.backend, progress=progress)
-    agrees = verify.report(outcomes, console)
-    if chosen.json is not None:
-        verify.write_json(outcomes, chosen.json)
-    if chosen.backend:
-        checked = {outcome.backend for outcome in outcomes if outcome.left_out is None}
-        for name in chosen.backend:
-            if name not in checked:
-                console.print(f"[red]{name} was asked for and cannot run here[/red]")
-                agrees = False
-    return 0 if agrees else 1
+    from rich.console import Console
+
+    chosen.command_line = shlex.join([*prog.split(), *arguments])
+    # `--json -` leaves standard output to the JSON.
+    console = Console(stderr=str(getattr(chosen, "json", None)) == "-")
+    return import_module(f".{chosen.command}", __package__).main(chosen, console)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,9 +16,11 @@ from .bucket import SecondMoment
 from .dtypes import DTYPE_PAIRS, DtypePair
 from .projections import Box, L1Ball, L2Ball, NonNegative, Simplex
 
-__all__ = ["STEPS", "Case", "cases"]
+__all__ = ["QUICK_STEPS", "STEPS", "Case", "cases", "quick_cases"]
 
 STEPS = 20
+QUICK_STEPS = 4
+"""Steps of a quick check: plain ones, and one with a NaN, an infinity and watching."""
 
 _DENORMAL = {
     torch.float32: 1e-41,
@@ -110,11 +115,12 @@ class Case:
 
     def grads(self, step: int, params: list[Tensor]) -> list[Tensor | None]:
         """Return the gradients of step ``step`` (from 0), the same values on every call."""
-        generator = torch.Generator().manual_seed(1000 + step)
         made: list[Tensor | None] = []
-        for index, param in enumerate(params):
-            values = torch.randn(param.shape, generator=generator, dtype=torch.float64)
-            values = values.mul_(0.1 * (1 + index % 3)).to(self.dtypes.grad)
+        shapes = tuple(param.shape for param in params)
+        for index, (param, normal) in enumerate(
+            zip(params, _normal_values(step, shapes), strict=True)
+        ):
+            values = normal.mul(0.1 * (1 + index % 3)).to(self.dtypes.grad)
             if self.special:
                 _put_special(values, step)
             if (step + index) % 7 == 3:
@@ -151,6 +157,14 @@ _SHAPES: tuple[tuple[str, tuple[int, ...]], ...] = (
 _STRIDED = ("strided", (6, 11))
 _COUPLED_VARIANTS = ("L2 ball", "L1 ball", "simplex, capturable")
 _STRIDED_VARIANTS = ("maximize", "nonnegative, decoupled", "box, special gradients")
+
+
+# All cases of a layout take the same gradients, and drawing them costs as much as a step.
+@functools.lru_cache(maxsize=3 * STEPS)
+def _normal_values(step: int, shapes: tuple[torch.Size, ...]) -> list[Tensor]:
+    """Return standard normal values on the CPU, which the caller leaves as they are."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 def _laid_out(values: Tensor, layout: str) -> Tensor:
@@ -215,3 +229,17 @@ def cases() -> Iterator[Case]:
                     options=options,
                     other_options=other_options,
                 )
+
+
+def quick_cases() -> Iterator[Case]:
+    """Yield a case for every pair of types and second moment, and for every variant, too.
+
+    Example:
+        >>> sorted({case.variant for case in quick_cases()} ^ {case.variant for case in cases()})
+        []
+    """
+    taken: Counter[str] = Counter()
+    for _, group in groupby(cases(), key=lambda case: (case.dtypes, case.second_moment)):
+        case = min(group, key=lambda case: taken[case.variant])
+        taken[case.variant] += 1
+        yield case

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +157,13 @@ def test_unknown_names_are_told_the_known_ones(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--rounds", "0"], ["--rounds 0"]),
-        (["--device", "cuda:77"], ["cuda:77", "CUDA devices"]),
-        (["--device", "toaster"], ["--device toaster"]),
-        (["--device", "meta"], ["only cpu and cuda"]),
+        (["--rounds", "0"], ["--rounds", "'0' is not a positive whole number"]),
+        (["--rounds", "1.5"], ["--rounds", "'1.5' is not a positive whole number"]),
+        (["--seconds", "0"], ["--seconds", "'0' is not a positive number"]),
+        (["--device", "cuda:77"], ["--device", "cuda:77", "finds here: cpu"]),
+        (["--device", "toaster"], ["--device", "toaster", "finds here: cpu"]),
+        (["--device", "meta"], ["--device", "meta", "finds here: cpu"]),
+        (["--plot", "-"], ["--plot -", "name one"]),
         (["--json", "/nowhere/x.json"], ["--json", "/nowhere"]),
         (["--plot", "/nowhere/x.png"], ["--plot", "/nowhere"]),
     ],
@@ -226,18 +230,159 @@ def test_a_wrong_reference_is_caught_too(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_named_backend_that_cannot_run_exits_1(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_named_backend_that_cannot_run_is_told_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        BACKENDS["cpu"], "unavailable", lambda device: "planted reason", raising=False
+        BACKENDS["cpu"], "unavailable", lambda device: "planted [reason]", raising=False
     )
-    status, found = bench(tmp_path, "--backend", "cpu", "--case", "small")
+    with monkeypatch.context() as patch:
+        patch.delattr(command, "time_case")
+        patch.delattr(bench_run, "run_case")
+        status, found = bench(tmp_path, "--backend", "cpu", "--case", "small")
     assert status == 1
-    assert found["left_out"]["adamal-cpu"] == "planted reason"
+    assert found["left_out"]["adamal-cpu"] == "planted [reason]"
+    assert found["cases"] == []
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "adamal-cpu was asked for and cannot run here: planted [reason]" in printed
+    both = ["--backend", "cpu", "--backend", "foreach", "--case", "small"]
+    status, found = bench(tmp_path, *both)
+    assert status == 1
+    assert "adamal-foreach" in names(found["cases"][0])
     status, found = bench(tmp_path, "--case", "small")
     assert status == 0
     assert "adamal-cpu" not in names(found["cases"][0])
+
+
+@pytest.fixture
+def ended_in_the_second_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """Ctrl-C in the second case; returns what the file then held."""
+    held: list[Any] = []
+    rightly = command.time_case
+
+    def time_case(case: BenchCase, *more: Any) -> Any:
+        if case.name == "grouped":
+            held.append(json.loads((tmp_path / "bench.json").read_text()))
+            raise KeyboardInterrupt
+        return rightly(case, *more)
+
+    monkeypatch.setattr(command, "time_case", time_case)
+    return held
+
+
+NOT_REACHED = ["grouped", "scaling-tensors, 1x16", "scaling-tensors, 3x16"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_ctrl_c_prints_and_writes_what_is_done(
+    tmp_path: Path, ended_in_the_second_case: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = ["--backend", "cpu", "--peer", BASELINE]
+    status, found = bench(tmp_path, *only)
+    assert status == 130
+    # A kill would have lost no more.
+    for content in (*ended_in_the_second_case, found):
+        assert [(r["case"], r["v"]) for r in content["cases"]] == [
+            ("small", "cold"),
+            ("small", "saturated"),
+        ]
+        assert content["copy_bytes_a_second"]["median"] > 0
+        assert content["not_reached"] == NOT_REACHED
+    printed = capsys.readouterr().out
+    assert "NOT REACHED: 3 of 4 cases" in printed
+    assert [name for name in NOT_REACHED if printed.count(name) < 2] == []
+    assert "adamal-cpu" in printed
+
+
+@pytest.mark.usefixtures("tiny")
+def test_no_case_starts_after_the_time_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    paces: list[float] = []
+    rightly = command.time_case
+
+    def time_case(*given: Any) -> Any:
+        nonlocal now
+        now += 10
+        paces.append(given[4].seconds)
+        return rightly(*given)
+
+    monkeypatch.setattr(command, "time_case", time_case)
+    monkeypatch.setattr(command, "deadline", lambda seconds: seconds)
+    monkeypatch.setattr(command.time, "monotonic", lambda: now)
+    only = ["--backend", "cpu", "--peer", BASELINE, "--dtype", "bfloat16"]
+    status, found = bench(tmp_path, "--seconds", "12", *only)
+    assert status == 0
+    assert {record["case"] for record in found["cases"]} == {"small", "grouped"}
+    assert found["not_reached"] == [f"scaling-tensors, {n}x16, bfloat16" for n in (1, 3)]
+    assert "NOT REACHED: 2 of 4 cases" in capsys.readouterr().out
+    # The last one is not to take longer than there is time left.
+    assert paces == [7.0, 2.0]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_that_times_nothing_exits_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "nothing.png"
+    status, found = bench(tmp_path, "--seconds", "1e-9", "--plot", str(plot))
+    assert status == 1
+    assert found["cases"] == []
+    assert found["not_reached"] == ["small", *NOT_REACHED]
+    assert found["copy_bytes_a_second"] is None
+    printed = capsys.readouterr().out
+    assert "NOT REACHED: 4 of 4 cases" in printed
+    assert "nothing was timed" in printed
+    assert plot.exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_json_on_standard_output_is_alone_there(capsys: pytest.CaptureFixture[str]) -> None:
+    only = ["--backend", "cpu", "--peer", BASELINE, "--rounds", "1", "--device", "cpu"]
+    assert __main__.main(["bench", "--case", "small", *only, "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["cases"][0]["case"] == "small"
+    assert "adamal-cpu" in printed.err
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("width", [200, 80, 40])
+def test_no_number_is_cut_off(
+    width: int, is_terminal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = bench_run.Record(
+        "planted",
+        "A model of many words",
+        None,
+        "bfloat16",
+        "saturated",
+        2000,
+        218_112_000,
+        "fresh",
+    )
+    spread = Spread(0.36712, 0.35111, 0.38222, 5)
+    for name in (BASELINE, "torch-fused-amsgrad", "adamal-cpu"):
+        result = bench_run.Result(
+            name, False, spread, None, None, 183.56, 28.0, 21.7e9, 0.987, {BASELINE: 12.345}
+        )
+        record.results.append(result)
+    curve = [
+        replace(record, title=f"{n} x 16", series="scaling-tensors", v="cold") for n in (1, 10_000)
+    ]
+    where = report.environment(CPU, "command")
+    found = report.Run(where, Spread.of([24e9]), records=[record, *curve])
+    report.print_run(found, Console(width=width, force_terminal=is_terminal, color_system=None))
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    if is_terminal:
+        assert max(map(len, printed.splitlines())) <= width
+    for number in ("367 ms", "351 ms .. 382 ms", "12.35", "184", "28", "99%", "21.7", "0.90"):
+        assert printed.count(number) >= 2, number
+    for text in ("model", "218 M", "v saturated", "fresh gradients", "10000 x 16"):
+        assert text in printed
 
 
 def refuse(*_: object, **__: object) -> Any:

@@ -243,3 +243,69 @@ def test_other_load_is_unknown_where_the_system_does_not_tell(
 
     monkeypatch.setattr(measure.Path, "read_text", missing)
     assert OtherLoad().cores() is None
+
+
+class Queue:
+    """A stand-in for a GPU: launches take time in turn, behind a queue that holds 1024 of them."""
+
+    def __init__(self) -> None:
+        self.host = 0.0
+        self.ends: list[float] = []
+
+    def launch(self, seconds: float) -> float:
+        self.host += 5e-6
+        if len(self.ends) >= 1024:
+            self.host = max(self.host, self.ends[-1024])
+        start = max(self.host, self.ends[-1] if self.ends else 0.0)
+        self.ends.append(start + seconds)
+        return self.ends[-1]
+
+    def wait(self) -> None:
+        self.host = max(self.host, self.ends[-1] if self.ends else 0.0)
+
+    def event(self, enable_timing: bool) -> Any:
+        queue = self
+
+        class Event:
+            at = 0.0
+
+            def record(self) -> None:
+                self.at = queue.launch(0.0)
+
+            def query(self) -> bool:
+                return self.at <= queue.host
+
+            def synchronize(self) -> None:
+                queue.host = max(queue.host, self.at)
+
+            def elapsed_time(self, other: Any) -> float:
+                return (other.at - self.at) * 1e3
+
+        return Event()
+
+
+@pytest.mark.parametrize(
+    ("launches", "host_seconds", "is_known"),
+    [(1, 0.0, True), (1000, 0.0, True), (1100, 0.0, False), (20_000, 0.0, False), (1, 2.0, False)],
+)
+def test_the_devices_time_is_left_out_where_it_would_be_the_hosts(
+    launches: int, host_seconds: float, is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = Queue()
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: queue.host)
+    monkeypatch.setattr(torch.cuda, "Event", queue.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: queue.wait())
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue.launch(cycles / 2e9))
+
+    def step() -> None:
+        for _ in range(launches):
+            queue.launch(1e-6)
+        queue.host += host_seconds
+
+    sample = measure.time_step(step, torch.device("cuda", 0), lambda: None)
+    if is_known:
+        assert sample.device == pytest.approx(launches * 1e-6)
+    else:
+        assert sample.device is None
+    assert sample.host is not None
+    assert sample.wall >= sample.host

@@ -18,7 +18,15 @@ from .native import CpuBackend, CudaBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
-__all__ = ["BACKENDS", "BACKEND_NAMES", "FUSED", "Backend", "check_request", "pick"]
+__all__ = [
+    "BACKENDS",
+    "BACKEND_NAMES",
+    "FUSED",
+    "Backend",
+    "automatic_order",
+    "check_request",
+    "pick",
+]
 
 
 class Backend(Protocol):
@@ -109,6 +117,16 @@ def check_request(
         raise ValueError(f"{contradiction} contradict each other; set only backend")
 
 
+def automatic_order(device_type: str) -> tuple[str, ...]:
+    """Return the backends that ``backend="auto"`` tries for a type of device, in order.
+
+    Example:
+        >>> automatic_order("cpu")
+        ('cpu', 'foreach')
+    """
+    return _AUTO.get(device_type, _AUTO_ELSEWHERE)
+
+
 def _candidates(
     device_type: str, backend: str, fused: bool | None, foreach: bool | None
 ) -> tuple[str, ...]:
@@ -117,7 +135,7 @@ def _candidates(
         return (backend,)
     if foreach:
         return ("foreach",)
-    order = _AUTO.get(device_type, _AUTO_ELSEWHERE)
+    order = automatic_order(device_type)
     if fused:
         return tuple(name for name in order if name in FUSED)
     if fused is False:

@@ -198,7 +198,7 @@ CASES: dict[str, BenchCase] = {
         BenchCase("2000-groups", "2000 groups of 1 x 16", _equal(2000, 16), group_each=True),
     )
 }
-"""By name: the cases of ``python -m adamal_kernels bench``."""
+"""By name: the cases of ``adamal bench``."""
 
 
 def _tensor_points() -> list[BenchCase]:

@@ -7,21 +7,30 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..backends import BACKENDS
+from ..command_line import (
+    JsonOutput,
+    add_device,
+    add_json,
+    add_seconds,
+    check_file,
+    deadline,
+)
 from .cases import CASES, SCALING, BenchCase
 from .contenders import BASELINE, OURS, PEERS, Contender
 from .measure import Spread, copy_bandwidth
 from .plot import draw, why_no_plot
-from .report import Run, device_slug, environment, print_run, write_json
-from .run import Gate, Pace, Record, Venue, time_case
+from .report import Run, as_json, device_slug, environment, print_run
+from .run import Gate, Pace, Record, Venue, dtype_name, time_case
 
-__all__ = ["add_arguments", "available_memory", "check_arguments", "main", "measure"]
+__all__ = ["add_arguments", "available_memory", "main"]
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _CASE_SECONDS = 7.0
@@ -34,8 +43,29 @@ _TELLING_PARAMETERS = 10**7
 _REFRESH_SECONDS = 0.5
 
 
+class _Work(NamedTuple):
+    """One case to be timed."""
+
+    case: BenchCase
+    dtype: torch.dtype
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """What it is called where it is not reached."""
+        parts = [self.case.series, self.case.name]
+        parts.append(None if self.dtype == torch.float32 else dtype_name(self.dtype))
+        return ", ".join(part for part in parts if part)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``bench``."""
+    parser.description = (
+        "Everyone steps in turn, in one process. Nothing is timed of a backend whose parity is not "
+        "right here. In a FILE, {device} and {date} are filled in. Exit status: 0; 1 if a "
+        "backend's parity is red, if one that was named cannot run here or raised, or if nothing "
+        "was timed; 130 after Ctrl-C."
+    )
     for option, names, what in (
         ("--case", [*CASES, *SCALING], "time only this case, or this scaling curve"),
         ("--peer", list(PEERS), f"time only this peer (and {BASELINE}, the measure of all)"),
@@ -49,14 +79,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="NAME",
             help=f"{what}; may be given more than once: {', '.join(names)}",
         )
-    parser.add_argument(
-        "--device", help="such as cpu or cuda:0. Default: the first CUDA device, else the CPU"
-    )
+    add_device(parser, "such as cpu or cuda:0. Default: the first CUDA device, else the CPU")
     parser.add_argument(
         "--rounds",
-        type=int,
+        type=_rounds,
         metavar="N",
         help="timed steps of every contender. Default: as many as there is time for",
+    )
+    add_seconds(
+        parser,
+        "start no case after N seconds, parity included; the others are named as not reached. "
+        "Default: no limit",
     )
     parser.add_argument(
         "--plot",
@@ -64,70 +97,83 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="also draw ratios and scaling curves into FILE, a PNG; needs matplotlib",
     )
+    add_json(parser)
 
 
-def check_arguments(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> None:
-    """Refuse what cannot be done before time is spent; fill ``{device}`` and ``{date}`` in."""
-    if chosen.rounds is not None and chosen.rounds < 1:
-        parser.error(f"--rounds {chosen.rounds}: at least 1 round has to be timed")
-    try:
-        chosen.device = _device(chosen.device)
-    except (RuntimeError, ValueError) as error:
-        parser.error(f"--device {chosen.device}: {error}")
+def _rounds(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _check_arguments(chosen: argparse.Namespace) -> None:
+    """Fill defaults, ``{device}`` and ``{date}`` in; refuse files that cannot be written."""
+    if chosen.device is None:
+        has_gpu = torch.cuda.is_available()
+        chosen.device = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
     for option in ("json", "plot"):
-        file: Path | None = getattr(chosen, option)
-        if file is None:
+        if (file := getattr(chosen, option)) is None:
             continue
-        file = Path(
-            str(file)
-            .replace("{device}", device_slug(chosen.device))
-            .replace("{date}", time.strftime("%Y-%m-%d"))
-        )
-        if not file.parent.is_dir():
-            parser.error(f"--{option} {file}: the folder {file.parent} does not exist")
+        named = str(file).replace("{device}", device_slug(chosen.device))
+        file = Path(named.replace("{date}", time.strftime("%Y-%m-%d")))
+        check_file(chosen.parser, f"--{option}", file)
         setattr(chosen, option, file)
     if chosen.plot is not None and (reason := why_no_plot()):
-        parser.error(f"--plot {chosen.plot}: {reason}")
+        chosen.parser.error(f"--plot {chosen.plot}: {reason}")
+    if str(chosen.plot) == "-":
+        chosen.parser.error("--plot -: a picture goes to a file; name one")
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    device = torch.device(name)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError("only cpu and cuda devices are timed")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = device.index or 0
-        if index >= count:
-            raise ValueError(f"torch finds {count} CUDA devices here")
-        return torch.device("cuda", index)
-    return torch.device("cpu")
-
-
-def main(chosen: argparse.Namespace, command: str, console: Console) -> int:
+def main(chosen: argparse.Namespace, console: Console) -> int:
     """Run the benchmarks and return the exit status.
 
-    Returns:
-        1 if a backend's parity is red, a backend that was named cannot run, or ours raised; else 0.
+    The file of ``--json`` is written anew after each case.
     """
-    found = measure(chosen, command, console)
-    print_run(found, console)
-    if chosen.json is not None:
-        write_json(found, chosen.json)
-    if chosen.plot is not None:
-        draw(found, chosen.plot)
-    named = {OURS[name].name for name in chosen.backend or ()}
-    ours = {contender.name for contender in OURS.values()}
-    raised = any(ours & record.failed.keys() for record in found.records)
-    return 1 if found.parity_is_red or raised or named & found.left_out.keys() else 0
-
-
-def measure(chosen: argparse.Namespace, command: str, console: Console) -> Run:
-    """Check parity, then time everything that was chosen."""
+    end = deadline(chosen.seconds)
+    _check_arguments(chosen)
     device: torch.device = chosen.device
     contenders, left_out = _contenders(chosen, device)
     work = _work(chosen)
+    run = Run(environment(device, chosen.command_line), left_out=left_out)
+    run.not_reached = [one.name for one in work]
+    output = JsonOutput(chosen.json, lambda: as_json(run))
+    named = {OURS[name].name for name in chosen.backend or ()}
+    for name in sorted(named & left_out.keys()):
+        reason = escape(left_out[name])
+        console.print(f"[red]{name} was asked for and cannot run here[/red]: {reason}")
+    if named and named <= left_out.keys():
+        output.finish()
+        return 1
+    output.update()
+    interrupted = False
+    try:
+        _measure(run, work, contenders, chosen, end, console, output)
+    except KeyboardInterrupt:
+        interrupted = True
+    print_run(run, console)
+    output.finish()
+    if chosen.plot is not None:
+        draw(run, chosen.plot)
+    if interrupted:
+        return 130
+    ours = {contender.name for contender in OURS.values()}
+    raised = any(ours & record.failed.keys() for record in run.records)
+    timed = any(record.results for record in run.records)
+    is_right = timed and not (run.parity_is_red or raised or named & left_out.keys())
+    return 0 if is_right else 1
+
+
+def _measure(
+    run: Run,
+    work: Sequence[_Work],
+    contenders: list[Contender],
+    chosen: argparse.Namespace,
+    end: float,
+    console: Console,
+    output: JsonOutput,
+) -> None:
+    """Check parity, then time what was chosen, until ``end``; add what is found to ``run``."""
+    device: torch.device = chosen.device
     # Without a thread that redraws it: that would run during timed steps.
     progress = Progress(
         TextColumn("{task.description}"),
@@ -137,33 +183,38 @@ def measure(chosen: argparse.Namespace, command: str, console: Console) -> Run:
         console=console,
         auto_refresh=False,
         transient=True,
+        disable=not console.is_terminal,
     )
     with progress, _current(device):
         bar = _Bar(progress)
         gate = Gate(device)
-        dtypes = list(dict.fromkeys(dtype for _, dtype, _ in work))
-        for contender in list(contenders):
-            if contender.backend is None:
-                continue
+        run.parity = gate.mismatches
+        dtypes = list(dict.fromkeys(one.dtype for one in work))
+        for contender in [contender for contender in contenders if contender.backend is not None]:
             bar.report(f"parity of {contender.name}")
             for dtype in dtypes:
+                if time.monotonic() >= end:
+                    return
                 if gate.check(contender.backend, dtype) and contender in contenders:
                     contenders.remove(contender)
-                    left_out[contender.name] = "its parity is red: nothing of it is timed"
+                    run.left_out[contender.name] = "its parity is red: nothing of it is timed"
         venue = Venue(device, available_memory(device))
-        records: list[Record] = []
         copies: list[float] = []
         rates: dict[str, float] = {}
         bar.start(len(work))
-        for case, dtype, seconds in work:
+        for one in work:
+            left = end - time.monotonic()
+            if left <= 0:
+                return
             bar.report("copy bandwidth")
             # Before every case, since other users of the machine come and go.
             copies += copy_bandwidth(device, venue.memory)
-            pace = Pace(seconds, chosen.rounds)
-            records += _time(case, dtype, contenders, venue, pace, rates, bar)
+            run.copy_bandwidth = Spread.of(copies)
+            pace = Pace(min(one.seconds, left), chosen.rounds)
+            run.records += _time(one.case, one.dtype, contenders, venue, pace, rates, bar)
+            run.not_reached.remove(one.name)
+            output.update()
             bar.advance()
-    where = environment(device, command)
-    return Run(where, Spread.of(copies), gate.mismatches, left_out, records)
 
 
 class _Bar:
@@ -207,12 +258,12 @@ def _contenders(
     return able, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _work(chosen: argparse.Namespace) -> list[tuple[BenchCase, torch.dtype, float]]:
+def _work(chosen: argparse.Namespace) -> list[_Work]:
     """Return what is to be timed, with the types of its parameters and the seconds for it."""
     names = chosen.case or [*CASES, *SCALING]
     asked = [getattr(torch, name) for name in dict.fromkeys(chosen.dtype or ())]
     work = [
-        (case, dtype, _CASE_SECONDS)
+        _Work(case, dtype, _CASE_SECONDS)
         for name, case in CASES.items()
         if name in names
         for dtype in asked or case.dtypes
@@ -220,7 +271,7 @@ def _work(chosen: argparse.Namespace) -> list[tuple[BenchCase, torch.dtype, floa
     for name, points in SCALING.items():
         if name in names:
             dtypes = asked or points[0].dtypes
-            work += [(point, dtype, _POINT_SECONDS) for dtype in dtypes for point in points]
+            work += [_Work(point, dtype, _POINT_SECONDS) for dtype in dtypes for point in points]
     return work
 
 

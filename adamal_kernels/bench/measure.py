@@ -60,7 +60,8 @@ class Sample(NamedTuple):
     host: float | None = None
     """From the call until it returns; None where that is the same."""
     device: float | None = None
-    """The device's own time; None where there is no clock but the host's."""
+    """The device's own time; None where there is no clock but the host's, and where the device
+    waited for the host within the step."""
 
 
 def time_step(
@@ -69,7 +70,9 @@ def time_step(
     """Time ``step``, with ``prepare`` called before it and not counted.
 
     On a GPU ``step`` runs twice: once from idle, by the host's clock, and once behind a pause on
-    the device in which the host queues everything, so that the device's clock sees no waiting.
+    the device in which the host queues everything, so that the device's clock sees no waiting. A
+    GPU's queue holds some thousand launches. Of a step with more, and of one that outlasts the
+    pause, the device's clock would tell the host's time: it is left out.
     """
     prepare()
     if device.type != "cuda":
@@ -91,8 +94,11 @@ def time_step(
     first.record()
     step()
     last.record()
+    # A full queue blocks the host until the pause is over.
+    waited = first.query()
     last.synchronize()
-    return Sample(done - start, returned - start, first.elapsed_time(last) / 1e3)
+    own = None if waited else first.elapsed_time(last) / 1e3
+    return Sample(done - start, returned - start, own)
 
 
 class OtherLoad:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import subprocess
@@ -11,25 +10,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib import metadata
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from .. import info
+from ..command_line import print_table
 from .contenders import BASELINE
 from .measure import Spread
 from .run import Record, Result
 
-__all__ = ["SERIES", "Run", "as_json", "device_slug", "environment", "print_run", "write_json"]
+__all__ = ["SERIES", "Run", "as_json", "device_slug", "environment", "print_run"]
 
 _PACKAGES = ("numpy", "torch-optimi", "torchao", "bitsandbytes", "flashoptim")
 
-_TABLE_WIDTH = 160
+_TABLE_WIDTH = 180
 _BUSY_CORES = 0.15
 
 SERIES = {
@@ -44,13 +42,15 @@ class Run:
     """Everything one run found."""
 
     environment: dict[str, Any]
-    copy_bandwidth: Spread
-    """Bytes a second, read and written."""
-    parity: dict[tuple[str, str], list[str]]
+    copy_bandwidth: Spread | None = None
+    """Bytes a second, read and written; None before the first case."""
+    parity: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     """By backend and type of the parameters: what differs."""
-    left_out: dict[str, str]
+    left_out: dict[str, str] = field(default_factory=dict)
     """By contender: why none of it was timed."""
     records: list[Record] = field(default_factory=list)
+    not_reached: list[str] = field(default_factory=list)
+    """The cases that there was no time for, or that Ctrl-C ended."""
 
     @property
     def parity_is_red(self) -> bool:
@@ -116,12 +116,13 @@ def as_json(run: Run) -> dict[str, Any]:
     """Return the run as what ``bench --json`` writes."""
     return {
         **run.environment,
-        "copy_bytes_a_second": run.copy_bandwidth._asdict(),
+        "copy_bytes_a_second": run.copy_bandwidth._asdict() if run.copy_bandwidth else None,
         "parity": [
             {"backend": backend, "dtype": dtype, "mismatches": mismatches}
             for (backend, dtype), mismatches in run.parity.items()
         ],
         "left_out": run.left_out,
+        "not_reached": run.not_reached,
         "cases": [_record_as_json(record) for record in run.records],
     }
 
@@ -135,62 +136,58 @@ def _record_as_json(record: Record) -> dict[str, Any]:
     return fields
 
 
-def write_json(run: Run, path: Path) -> None:
-    """Write :func:`as_json` to ``path``."""
-    path.write_text(json.dumps(as_json(run), indent=1) + "\n")
-
-
 def print_run(run: Run, console: Console) -> None:
     """Print parity, a table of the cases, and what was left out."""
     if not console.is_terminal:
         console = Console(file=console.file, width=max(console.width, _TABLE_WIDTH))
     where = run.environment
+    copies = f"; copies {_gb(run.copy_bandwidth.median)}" if run.copy_bandwidth else ""
     console.print(
         f"[bold]{where['device']['name']}[/bold], {where['threads']} threads, torch "
-        f"{where['versions']['torch']}, {where['date']}; copies {_gb(run.copy_bandwidth.median)}",
+        f"{where['versions']['torch']}, {where['date']}{copies}",
         highlight=False,
     )
-    on_gpu = where["device"]["type"] == "cuda"
-    if any(record.results and record.series is None for record in run.records):
-        console.print(_table(run, on_gpu))
+    _print_cases(run, console)
     for series, title in SERIES.items():
         points = [r for r in run.records if r.series == series and r.results]
         if points:
-            console.print(_curve(points, title))
+            _print_curve(points, title, console)
     for line in _remarks(run):
         console.print(line, highlight=False)
 
 
-def _table(run: Run, on_gpu: bool) -> Table:
-    table = Table(
-        title="Time of step(): medians, with quartiles; bytes as each optimizer moves them",
-        title_justify="left",
-    )
-    headers = ["case", "optimizer", "wall", "", f"x {BASELINE}"]
+def _print_cases(run: Run, console: Console) -> None:
+    on_gpu = run.environment["device"]["type"] == "cuda"
+    headers = ["case", "optimizer", "wall", "quartiles", f"x {BASELINE}"]
     headers += ["device", f"x {BASELINE}"] if on_gpu else []
     headers += ["µs/tensor", "B/param", "v written", "GB/s", "of copy"]
-    for number, header in enumerate(headers):
-        table.add_column(header, justify="left" if number < 2 else "right", no_wrap=number > 0)
+    rows = []
     for record in run.records:
-        if record.series is not None or not record.results:
-            continue
-        rows = list(_rows(run, record, on_gpu))
-        for about, row in zip_longest(_about(record), rows, fillvalue=None):
-            table.add_row(about or "", *(row or ()))
-        table.add_section()
-    return table
+        if record.series is None and record.results:
+            columns = zip(*_rows(run, record, on_gpu), strict=True)
+            rows.append(["\n".join(_about(record)), *map("\n".join, columns)])
+    if run.not_reached:
+        rows.append(["\n".join(run.not_reached), "not reached", *[""] * (len(headers) - 2)])
+    if rows:
+        print_table(
+            console,
+            "Time of step(): medians, with quartiles; bytes as each optimizer moves them",
+            headers,
+            rows,
+            wrapped=0,
+            right=range(2, len(headers)),
+            lines=True,
+        )
 
 
-def _curve(points: Sequence[Record], title: str) -> Table:
-    """Return a table of one scaling curve: a row a point, a column a contender."""
-    table = Table(title=f"Time of step(): {title}", title_justify="left")
+def _print_curve(points: Sequence[Record], title: str, console: Console) -> None:
+    """Print a table of one scaling curve: a row a point, a column a contender."""
     found = [{result.contender: result for result in point.results} for point in points]
     names = list(dict.fromkeys(name for results in found for name in results))
-    table.add_column("")
+    headers = [""]
     for name in names:
-        table.add_column(name, justify="right")
-        if name != BASELINE:
-            table.add_column(f"x {BASELINE}", justify="right")
+        headers += [name] if name == BASELINE else [name, f"x {BASELINE}"]
+    rows = []
     for point, results in zip(points, found, strict=True):
         row = [point.title + (f", {point.dtype}" if point.dtype != "float32" else "")]
         for name in names:
@@ -198,8 +195,9 @@ def _curve(points: Sequence[Record], title: str) -> Table:
             row.append(_time(result.wall_s.median) if result else "-")
             if name != BASELINE:
                 row.append(_ratio(result, result.times_faster_than) if result else "-")
-        table.add_row(*row)
-    return table
+        rows.append(row)
+    right = range(1, len(headers))
+    print_table(console, f"Time of step(): {title}", headers, rows, wrapped=0, right=right)
 
 
 def _about(record: Record) -> list[str]:
@@ -234,7 +232,7 @@ def _traffic(run: Run, result: Result) -> list[str]:
     cells = [_digits(result.microseconds_a_tensor)]
     cells += [f"{result.bytes_a_parameter:.3g}" if result.bytes_a_parameter else "-"]
     cells += [f"{written:.0%}" if written is not None else "-"]
-    if result.bytes_a_second is None:
+    if result.bytes_a_second is None or run.copy_bandwidth is None:
         return [*cells, "-", "-"]
     fraction = result.bytes_a_second / run.copy_bandwidth.median
     return [*cells, _digits(result.bytes_a_second / 1e9), f"{fraction:.2f}"]
@@ -259,6 +257,14 @@ def _remarks(run: Run) -> Iterator[str]:
             continue
         yield f"[red]parity of {backend}, {dtype}: {len(mismatches)} values differ[/red]"
         yield f"    {escape(mismatches[0])}"
+    if run.not_reached:
+        total = len(run.not_reached) + len({(r.series, r.case, r.dtype) for r in run.records})
+        yield (
+            f"[yellow]NOT REACHED: {len(run.not_reached)} of {total} cases[/yellow]: "
+            + "; ".join(run.not_reached)
+        )
+    if not any(record.results for record in run.records):
+        yield "[red]nothing was timed[/red]"
     for name, reason in run.left_out.items():
         yield f"[yellow]{name}[/yellow] left out: {escape(reason)}"
     left_out: defaultdict[str, list[str]] = defaultdict(list)

@@ -28,6 +28,7 @@ __all__ = [
     "Result",
     "Venue",
     "case_room",
+    "dtype_name",
     "gradients",
     "time_case",
     "why_no_room",
@@ -89,7 +90,7 @@ class Result:
     host_s: Spread | None
     """Until the call returns; None where that is the same."""
     device_s: Spread | None
-    """The device's own time; None without a GPU."""
+    """The device's own time; None without a GPU, and where no sample has it."""
     microseconds_a_tensor: float
     """Of wall time."""
     bytes_a_parameter: float | None
@@ -142,7 +143,7 @@ class Gate:
 
     def check(self, backend: str, dtype: torch.dtype) -> list[str]:
         """Return what differs from ``reference``, bit for bit, or is far from the oracle."""
-        place = (backend, _name(dtype))
+        place = (backend, dtype_name(dtype))
         if place not in self.mismatches:
             self.mismatches[place] = list(self._differences(backend, dtype))
         return self.mismatches[place]
@@ -215,7 +216,7 @@ def time_case(
             case.name,
             title,
             case.series,
-            _name(dtype),
+            dtype_name(dtype),
             age,
             len(shapes),
             sum(map(prod, shapes)),
@@ -406,11 +407,10 @@ def _add_results(
 
 
 def _spreads(samples: dict[str, list[float | None]]) -> dict[str, Spread]:
-    return {
-        name: Spread.of([value for value in values if value is not None])
-        for name, values in samples.items()
-        if None not in values
+    known = {
+        name: [value for value in values if value is not None] for name, values in samples.items()
     }
+    return {name: Spread.of(values) for name, values in known.items() if values}
 
 
 def _ratios(name: str, spreads: dict[str, Spread]) -> dict[str, float]:
@@ -506,5 +506,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a type's name as ``--dtype`` has it."""
     return str(dtype).removeprefix("torch.")
