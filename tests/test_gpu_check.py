@@ -429,6 +429,32 @@ def test_files_without_places_are_not_collected() -> None:
         assert path.name in names or not takes_a_place.search(path.read_text()), path
 
 
+def test_no_file_vanishes_without_hypothesis_and_expecttest(tmp_path: Path) -> None:
+    """What needs them is left out by name, its neighbours run."""
+    (tmp_path / "without.py").write_text(
+        "import sys\nsys.modules |= dict.fromkeys(['hypothesis', 'expecttest'])\n"
+    )
+    chosen = "near_the_fraction or own_inputs or listed_twice"
+    files = [
+        str(ROOT / "tests" / f"test_{name}.py") for name in ("hyperparameters", "torch_parity")
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "without", "-rs", "-q", "-k", chosen, *files],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT)))}
+        | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "hypothesis is not installed" in done.stdout
+    assert "expecttest" in done.stdout
+    assert re.search(r"[1-9]\d* passed", done.stdout)
+    for path in (ROOT / "tests").glob("*.py"):
+        imports = re.search(r"^(?:from|import) (?:hypothesis|expecttest)", path.read_text(), re.M)
+        assert imports is None, path
+
+
 def test_a_test_on_a_gpu_place_is_marked(tmp_path: Path) -> None:
     """Also where it was parametrised without a mark."""
     (tmp_path / "test_places.py").write_text("""
