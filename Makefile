@@ -44,8 +44,8 @@ cuda-build: $(VENV_CUDA)/.built  ## Build and import everything against a CUDA b
 	cd $(VENV_CUDA) && bin/python -m adamal_kernels info
 	cd $(VENV_CUDA) && bin/python -m adamal_kernels verify --backend cpu
 
-gpu-check:  ## On a machine with an NVIDIA GPU: test, memcheck and benchmark, with PYTHON's packages.
-	.ci/gpu-check
+gpu-check:  ## On a machine with an NVIDIA GPU: check and measure in nine minutes, with PYTHON's packages. GPU_CHECK_ARGS are passed on.
+	.ci/gpu-check $(GPU_CHECK_ARGS)
 
 lint: $(VENV)/.installed  ## Check style, and correct what the formatters can.
 	$(RUN)/pre-commit run --all-files --show-diff-on-failure

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton_interpreter
 from between_workers import is_worker
-from support import DEVICES, PLACES, Place
+from support import DEVICES, PLACES, Place, is_on_gpu
 
 # For tests of benchmarks/, whichever way pytest was started. Last: where a copy of the package is
 # under test, it goes first.
@@ -50,6 +50,14 @@ def session_folder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPat
     return folder.parent if is_worker(pytestconfig) else folder
 
 
+# First: pytest's own hook selects by these marks.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put first what takes nvcc half a minute each: as the last test it would keep a core idle."""
+    """Mark what is on a GPU, however it came by its place.
+
+    Put first what takes nvcc half a minute each: as the last test it would keep a core idle.
+    """
+    for item in items:
+        if isinstance(item, pytest.Function) and is_on_gpu(item):
+            item.add_marker(pytest.mark.gpu)
     items.sort(key=lambda item: "machine_code" not in item.path.name)

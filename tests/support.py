@@ -32,18 +32,21 @@ class Place(NamedTuple):
             pytest.skip(f"{self.backend}: {reason}")
 
 
-def _param(value: Any, device: torch.device, name: str) -> Any:
-    return pytest.param(value, id=name, marks=[pytest.mark.gpu] if device.type == "cuda" else [])
-
-
-DEVICES = [_param(device, device, device.type) for device in devices()]
+DEVICES = [pytest.param(device, id=device.type) for device in devices()]
 
 PLACES = [
-    _param(Place(device, name), device, f"{name}-{device.type}")
+    pytest.param(Place(device, name), id=f"{name}-{device.type}")
     for device in devices()
     for name, backend in BACKENDS.items()
     if backend.unavailable(device) is None
 ]
+
+
+def is_on_gpu(test: pytest.Function) -> bool:
+    """Whether one of a test's parameters is a GPU, or a place on one."""
+    values = test.callspec.params.values() if hasattr(test, "callspec") else ()
+    found = [value.device if isinstance(value, Place) else value for value in values]
+    return any(isinstance(value, torch.device) and value.type == "cuda" for value in found)
 
 
 def name_of(dtypes: DtypePair) -> str:

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from property_testing import given, settings, st
 from support import Place, name_of
 from torch import Tensor
 

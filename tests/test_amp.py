@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -25,21 +26,29 @@ INFINITE = (0, 4, 5, 9)
 
 
 @pytest.fixture(autouse=True)
-def the_cpu_is_there(place: Place) -> None:
-    if place.device.type != "cpu":
-        pytest.skip("the scaler and the losses are the CPU's")
+def on_the_device(place: Place) -> Iterator[None]:
+    """Scalers, parameters and losses are the place's."""
+    with nullcontext() if place.device.type == "cpu" else place.device:
+        yield
 
 
-def new_scaler(scale: float = 2.0**12) -> GradScaler:
+def new_scaler(scale: float = 2.0**12, **options: Any) -> GradScaler:
     """Return a scaler that grows and backs off within a few steps."""
-    return GradScaler("cpu", init_scale=scale, growth_interval=2)
+    device = torch.get_default_device().type
+    return GradScaler(device, init_scale=scale, growth_interval=2, **options)
+
+
+def draw(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return the same values on every device."""
+    values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return values.to(torch.get_default_device())
 
 
 def new_params(dtypes: DtypePair = DTYPE_PAIRS[0]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     params = []
     for shape in ((3, 4), (7,), (), (0,), (2050,)):
-        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        values = draw(shape, generator)
         params.append(values.to(dtypes.param).requires_grad_())
         params[-1].grad_dtype = dtypes.grad
     return params
@@ -48,7 +57,7 @@ def new_params(dtypes: DtypePair = DTYPE_PAIRS[0]) -> list[Tensor]:
 def loss_of(params: Iterable[Tensor], seed: int) -> Tensor:
     """Return a loss whose gradients do not depend on the parameters."""
     generator = torch.Generator().manual_seed(seed)
-    factors = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in params]
+    factors = [draw(p.shape, generator) for p in params]
     loss = sum((p * f.to(p.dtype)).sum() for p, f in zip(params, factors, strict=True))
     assert isinstance(loss, Tensor)
     return loss.float() * (math.inf if seed in INFINITE else 1.0)
@@ -86,10 +95,10 @@ def test_it_follows_torch_under_autocast(
     ]
     scales = []
     for step in range(STEPS):
-        inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        inputs = draw((8, 6), torch.Generator().manual_seed(step)).float()
         for model, optimizer, scaler in zip(models, optimizers, scalers, strict=True):
             optimizer.zero_grad()
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(place.device.type, dtype=torch.bfloat16):
                 outputs = model(inputs)
             assert outputs.dtype == torch.bfloat16
             # Linear, so that the two do not drift apart by more than their own roundings.
@@ -102,7 +111,8 @@ def test_it_follows_torch_under_autocast(
         for our, their in zip(*(model.parameters() for model in models), strict=True):
             torch.testing.assert_close(our, their)
             states = [o.state[p] for o, p in zip(optimizers, (our, their), strict=True)]
-            torch.testing.assert_close(*map(dict, states))
+            # torch keeps its counts on the CPU.
+            torch.testing.assert_close(*map(dict, states), check_device=False)
     changes = [math.log2(after / before) for before, after in itertools.pairwise(scales)]
     assert (min(changes), max(changes)) == (-1, 1)
     assert optimizers[0].skipped_steps.item() == len(INFINITE)
@@ -236,9 +246,7 @@ def test_steps_with_and_without_a_scaler_in_turn(place: Place) -> None:
     optimizer = AdamAL(ours, lr=0.05, backend=place.backend)
     reference = AdamAL(theirs, lr=0.05, backend="reference")
     for step in (1, 2, 3, 6, 7, 8):
-        train(
-            GradScaler("cpu", enabled=step % 2 == 0) if step > 3 else scaler, optimizer, ours, step
-        )
+        train(new_scaler(enabled=step % 2 == 0) if step > 3 else scaler, optimizer, ours, step)
         optimizer.zero_grad()
         loss_of(ours, 100 + step).backward()
         optimizer.step()

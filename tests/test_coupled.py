@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from property_testing import given, settings, st
 from support import Place, refused
 from torch import Tensor
 

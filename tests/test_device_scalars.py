@@ -11,8 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from property_testing import given, st
 from support import Place
 from test_steady_state import (
     Pair,

@@ -8,8 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from property_testing import given, st
 
 from adamal_kernels.hyperparameters import StepOptions, StepScalars, beta_power, derive_step_scalars
 

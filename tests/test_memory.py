@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from between_workers import locked
 from support import Place
 
 from adamal_kernels import AdamAL, Box
@@ -166,20 +168,40 @@ def test_a_very_large_step_count_keeps_its_own_row(place: Place) -> None:
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_more_than_2_to_the_31_elements(backend: str) -> None:
-    """Offsets are 64 bits wide: the last elements are stepped as the first are."""
+@pytest.fixture
+def empty_gpu() -> Iterator[None]:
+    """What torch keeps of its memory is given back, before and after."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    gc.collect()
+    torch.cuda.empty_cache()
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+@pytest.mark.large
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_more_than_2_to_the_31_elements(
+    backend: str, empty_gpu: None, session_folder: Path
+) -> None:
+    """Offsets are 64 bits wide: the last elements are stepped as the first are."""
     numel = 2**31 + 8
-    free, _ = torch.cuda.mem_get_info()
-    if free < 14 * numel:  # bfloat16 parameter and gradient, float32 moments, and some room
-        pytest.skip(f"needs {14 * numel / 2**30:.0f} GiB of free GPU memory")
+    with locked(session_folder / "large"):  # Workers of one run take it in turn.
+        free, _ = torch.cuda.mem_get_info()
+        if free < 14 * numel:  # bfloat16 parameter and gradient, float32 moments, and some room
+            pytest.skip(f"needs {14 * numel / 2**30:.0f} GiB of free GPU memory")
+        step_the_ends(backend, numel)
+        torch.cuda.empty_cache()
+
+
+def step_the_ends(backend: str, numel: int) -> None:
+    """Check both ends of a parameter of ``numel`` elements against small ones."""
     p = torch.ones(numel, dtype=torch.bfloat16, device="cuda").requires_grad_()
     p.grad = torch.full_like(p, 0.5, requires_grad=False)
     p.grad[-8:] = torch.arange(8)
-    windows = [slice(0, 4096), slice(2**31 - 4096, 2**31 + 8)]
+    windows = [slice(0, 4096), slice(numel - 8 - 4096, numel)]
     small = [p.detach()[window].clone().requires_grad_() for window in windows]
     for part, window in zip(small, windows, strict=True):
         part.grad = p.grad[window].clone()

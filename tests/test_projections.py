@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from property_testing import assume, given, st
 
 from adamal_kernels import Box, L1Ball, L2Ball, NonNegative, Simplex
 from adamal_kernels.projections import Projection, projection_from_dict, projection_to_dict

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +101,56 @@ def test_streams_take_turns(place: Place) -> None:
         last = stream
     torch.cuda.current_stream().wait_stream(last)
     assert_equal_to_reference(run)
+
+
+@pytest.fixture
+def second(place: Place) -> Place:
+    """The same backend on another device than the current one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    return Place(torch.device("cuda", 1), place.backend)
+
+
+def test_steps_on_another_device_than_the_current_one(second: Place) -> None:
+    """Which stays the current one."""
+    run = Run(second.device, second.backend)
+    for number in range(STEPS):
+        run.step(number)
+        assert torch.cuda.current_device() == 0
+    assert_equal_to_reference(run)
+
+
+def test_one_optimizer_steps_on_two_devices(place: Place, second: Place) -> None:
+    runs = [Run(each.device, each.backend) for each in (place, second)]
+    groups = [group for run in runs for group in run.optimizer.param_groups]
+    optimizer = AdamAL(groups, backend=place.backend)
+    for number in range(STEPS):
+        for run in runs:
+            for p, grad in zip(run.params, run.grads[number], strict=True):
+                p.grad = grad
+        optimizer.step()
+        assert torch.cuda.current_device() == 0
+    for run in runs:
+        run.optimizer = optimizer
+        assert_equal_to_reference(run)
+
+
+def test_a_process_of_the_second_device_leaves_the_first_alone(second: Place) -> None:
+    """A context there would take half a GiB of it, in every process of a node."""
+    code = f"""
+import torch
+from adamal_kernels import AdamAL
+p = torch.ones(5000, device={str(second.device)!r}, requires_grad=True)
+optimizer = AdamAL([p], backend={second.backend!r}, max_grad_norm=1.0)
+for _ in range(3):
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+torch.cuda.synchronize(p.device)
+assert torch._C._cuda_hasPrimaryContext(1)
+assert not torch._C._cuda_hasPrimaryContext(0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_triton_launches_the_compiled_kernel(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

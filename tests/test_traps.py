@@ -27,11 +27,15 @@ OPTIONS = {"lr": 0.01, "weight_decay": 0.1}
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A forked process needs it, and a convolution's gradients depend on the number."""
+def equal_gradients() -> Iterator[None]:
+    """In every run: a convolution's depend on the number of threads, and on cuDNN's algorithm.
+
+    A forked process needs the one thread too.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
+        yield
     torch.set_num_threads(threads)
 
 
@@ -199,8 +203,11 @@ def in_shared_memory_while_training(job: Job) -> None:
 
 
 def data_parallel(job: Job) -> None:
-    """Without GPUs it calls the module itself."""
-    job.step(4, nn.DataParallel(job.model))
+    """Without GPUs it calls the module itself; with one, after it has moved the module there."""
+    device = job.model.conv.weight.device
+    if device.type == "cpu" and torch.cuda.is_available():
+        pytest.skip("DataParallel takes the CPU's modules only where there are no GPUs")
+    job.step(4, nn.DataParallel(job.model, [device] if device.type == "cuda" else None))
 
 
 def _replicas(model: Net, count: int) -> list[nn.Module]:
