@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from . import bench, info, verify
+from . import bench, build, info, verify
 from .backends import BACKENDS
 from .version import __version__
 
@@ -46,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         "1 if a backend's parity is red, or one that was named cannot run here.",
     )
     bench.add_arguments(of_bench)
+    build.add_arguments(
+        commands.add_parser("build", help="compile the extensions for the torch at hand")
+    )
     for command in (of_info, of_verify, of_bench):
         command.add_argument(
             "--json", type=Path, metavar="FILE", help="also write the result to FILE"
@@ -58,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = parser.parse_args(arguments)
+    if chosen.command == "build":
+        return build.main(chosen, Console())
     if chosen.command == "bench":
         bench.check_arguments(parser, chosen)
     if chosen.json is not None and chosen.command != "bench":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from ..bucket import BucketKey
+from ..build_info import load_extension
 from ..dtypes import DTYPE_PAIRS
 from .planned import PlannedBackend, why_not_importable
 
@@ -39,7 +39,7 @@ class CpuBackend(NativeBackend):
 
     def new_plan(self, key: BucketKey) -> Any:
         """See :meth:`PlannedBackend.new_plan`."""
-        extension = import_module("adamal_kernels._C")
+        extension = load_extension("_C")
         return extension.cpu_plan(DTYPE_PAIRS.index(key.dtypes), int(key.second_moment))
 
 
@@ -64,8 +64,8 @@ class CudaBackend(NativeBackend):
 
     def new_plan(self, key: BucketKey) -> Any:
         """See :meth:`PlannedBackend.new_plan`."""
-        extension = import_module("adamal_kernels._C")
-        kernels = import_module("adamal_kernels._cuda")
+        extension = load_extension("_C")
+        kernels = load_extension("_cuda")
         return extension.cuda_plan(
             DTYPE_PAIRS.index(key.dtypes), int(key.second_moment), key.device.index, kernels.api
         )
