@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from setuptools.command.build_ext import build_ext
 PACKAGE = "adamal_kernels"
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
+FILES_URL = None
+"""Where the files of the repository can be read by everyone, as raw files; None: nowhere yet."""
 
 # By its path: the package's own import needs torch, which may be absent.
 spec = spec_from_file_location("build_config", ROOT / PACKAGE / "build_config.py")
@@ -90,8 +93,24 @@ class Build(build):
     ]
 
 
+def index_page(files_url: str | None) -> str:
+    """Return the README as a package index shows it, where no relative link leads anywhere.
+
+    Args:
+        files_url: where the repository's files are served; None: pictures are left out, and of
+            links to files the text is kept.
+    """
+    text = (ROOT / "README.md").read_text("utf-8")
+    if files_url is not None:
+        return re.sub(r"\]\((?!https?:|#)", f"]({files_url}/", text)
+    text = re.sub(r"!\[[^]]*\]\((?!https?:)[^)]*\)\n*", "", text)
+    return re.sub(r"\[([^]]*)\]\((?!https?:|#)[^)]*\)", r"\1", text)
+
+
 CONFIGURED, RECORDS = or_exit(config.configure, SOURCES)
 setup(
+    long_description=index_page(FILES_URL),
+    long_description_content_type="text/markdown",
     ext_modules=[Extension(f"{PACKAGE}.{made.name}", []) for made in CONFIGURED],
     cmdclass={"build": Build, "build_ext": BuildAndRecord},
 )

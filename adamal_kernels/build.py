@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import importlib.metadata
 import json
 import os
@@ -29,7 +28,6 @@ from . import build_config, build_info
 
 __all__ = ["add_arguments", "main"]
 
-_PACKAGE = Path(__file__).parent
 _LAST_LINES = 20
 """How much of the log is shown after a failure."""
 
@@ -60,8 +58,8 @@ def main(chosen: argparse.Namespace, console: Console) -> int:
     except OSError as error:
         _say(
             console,
-            f"Cannot build: {error}; extensions go into {_PACKAGE}, else below XDG_CACHE_HOME, "
-            "and temporary files below TMPDIR: make one of each writable",
+            f"Cannot build: {error}; extensions go into {build_info.PACKAGE}, else below "
+            "XDG_CACHE_HOME, and temporary files below TMPDIR: make one of each writable",
         )
     except KeyboardInterrupt:
         _say(console, "Interrupted; nothing has changed")
@@ -70,7 +68,7 @@ def main(chosen: argparse.Namespace, console: Console) -> int:
 
 
 def _build(chosen: argparse.Namespace, console: Console) -> int:
-    sources = build_config.source_folder(_PACKAGE)
+    sources = build_config.source_folder(build_info.PACKAGE)
     if not sources.is_dir():
         raise build_config.CannotBuildError(f"{sources} is missing; install the package again")
     with _archs(all_of_them=chosen.all_archs):
@@ -100,7 +98,7 @@ def _build(chosen: argparse.Namespace, console: Console) -> int:
     handle, log_file = tempfile.mkstemp(prefix="adamal-build-", suffix=".log", text=True)
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(open(handle, "w", encoding="utf-8"))
-        if folder == _PACKAGE != sources.parent:  # A source tree, which keeps its objects.
+        if folder == build_info.PACKAGE != sources.parent:  # A source tree keeps its objects.
             objects = build_config.objects_folder(sources.parent)
         else:
             objects = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="adamal-build-")))
@@ -165,8 +163,8 @@ def _is_there(name: str, wanted: dict[str, Any]) -> bool:
 def _writable_folder() -> Path:
     """Return where extensions go."""
     try:
-        with tempfile.TemporaryFile(dir=_PACKAGE):
-            return _PACKAGE
+        with tempfile.TemporaryFile(dir=build_info.PACKAGE):
+            return build_info.PACKAGE
     except OSError:
         folder = build_info.cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -205,28 +203,27 @@ def _put_in_place(
         elif there.built and there.sources == digest and build_info.why_unfit(there) is None:
             content[name] = there.content()
         elif record["built"]:
-            content[name] = {"built": False, "reason": f"it is in {_PACKAGE}"}
+            content[name] = {"built": False, "reason": f"it is in {build_info.PACKAGE}"}
         else:
             content[name] = record
     (new / build_info.RECORD).write_text(json.dumps({"extensions": content}, indent=2) + "\n")
     os.replace(new / build_info.RECORD, folder / build_info.RECORD)
-    if folder == _PACKAGE:
+    if folder == build_info.PACKAGE:
         _list_for_uninstalling([build_info.extension_file(name) for name in built])
 
 
 def _list_for_uninstalling(files: list[str]) -> None:
     """Add files of the package's folder to the list of those that pip installed and removes."""
+    package = build_info.PACKAGE
     try:
         distribution = importlib.metadata.distribution("adamal-kernels")
     except importlib.metadata.PackageNotFoundError:
         return
-    if Path(distribution.locate_file(_PACKAGE.name)).resolve() != _PACKAGE.resolve():
+    if Path(distribution.locate_file(package.name)).resolve() != package.resolve():
         return  # Another copy, or an editable installation.
-    listed = {str(path) for path in distribution.files or ()}
-    for path in distribution.files or ():
-        if path.name == "RECORD":
-            with open(path.locate(), "a", newline="", encoding="utf-8") as record:
-                lines = csv.writer(record, lineterminator="\n")
-                for file in files:
-                    if f"{_PACKAGE.name}/{file}" not in listed:
-                        lines.writerow((f"{_PACKAGE.name}/{file}", "", ""))
+    listed = {str(path): path for path in distribution.files or ()}
+    record = next((path for path in listed.values() if path.name == "RECORD"), None)
+    missing = [f"{package.name}/{file}" for file in files if f"{package.name}/{file}" not in listed]
+    if record is not None and missing:
+        with open(record.locate(), "a", encoding="utf-8") as file:
+            file.writelines(f"{name},,\n" for name in missing)

@@ -377,6 +377,7 @@ def compile_extensions(
     objects.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     failures: dict[str, str] = {}
+    errors: list[str] = []
     total = sum(len(extension.sources) for extension in extensions)
     with ThreadPoolExecutor(jobs()) as pool:
         running: dict[Future[str], tuple[str, str]] = {
@@ -395,7 +396,7 @@ def compile_extensions(
                 try:
                     log.write(future.result())
                 except (_CompilationError, OSError) as error:
-                    log.write(f"{error}\n")
+                    errors.append(f"{error}\n")
                     failures.setdefault(name, f"{source} does not compile")
                     for other, (extension, _) in running.items():
                         if extension == name:
@@ -416,8 +417,9 @@ def compile_extensions(
         try:
             log.write(_run(command))
         except (_CompilationError, OSError) as error:
-            log.write(f"{error}\n")
+            errors.append(f"{error}\n")
             failures[extension.name] = "it does not link"
+    log.writelines(errors)  # Last, where they are looked for.
     log.flush()
     return failures
 

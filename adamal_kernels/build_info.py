@@ -24,6 +24,7 @@ from . import build_config
 from .version import __version__
 
 __all__ = [
+    "PACKAGE",
     "RECORD",
     "ExtensionRecord",
     "build_command",
@@ -39,7 +40,9 @@ __all__ = [
 RECORD = "_build.json"
 """The file beside the extensions in which every extension has its record."""
 
-_PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent
+"""The folder of this copy of the package."""
+
 _loading = threading.Lock()
 
 Name = Literal["_C", "_cuda"]
@@ -94,7 +97,7 @@ def cache_folder() -> Path:
         OSError: the sources cannot be read.
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    digest = build_config.sources_digest(build_config.source_folder(_PACKAGE))
+    digest = build_config.sources_digest(build_config.source_folder(PACKAGE))
     key = f"{__version__}-{digest[:16]}-{build_config.build_key()}"
     return Path(base, "adamal_kernels", key)
 
@@ -116,7 +119,7 @@ def extension_record(name: Name) -> ExtensionRecord:
         >>> extension_record("_C").name
         '_C'
     """
-    own = record_in(_PACKAGE, name)
+    own = record_in(PACKAGE, name)
     if own.built and why_unfit(own) is None:
         return own
     try:
@@ -145,7 +148,6 @@ def load_extension(name: Name) -> ModuleType:
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules[full_name] = module
-        setattr(sys.modules[__package__], name, module)
         return module
 
 
@@ -180,7 +182,7 @@ def record_in(folder: Path, name: str) -> ExtensionRecord:
         return ExtensionRecord(name, folder=folder if found["built"] else None, **values)
     except FileNotFoundError:
         reason = "nothing was built here"
-        if folder == _PACKAGE and _is_source_tree():
+        if folder == PACKAGE and _is_source_tree():
             reason = "the package is used from a source tree in which nothing was built"
             if copy := _installed_copy(name):
                 reason += (
@@ -194,15 +196,15 @@ def record_in(folder: Path, name: str) -> ExtensionRecord:
 
 
 def _is_source_tree() -> bool:
-    sources = build_config.source_folder(_PACKAGE)
-    return sources.parent != _PACKAGE and sources.is_dir()
+    sources = build_config.source_folder(PACKAGE)
+    return sources.parent != PACKAGE and sources.is_dir()
 
 
 def _installed_copy(name: str) -> Path | None:
     """Return another copy of the package that Python would find, and whose extension fits."""
     for entry in sys.path:
-        folder = Path(entry, _PACKAGE.name)
-        if folder.resolve() != _PACKAGE.resolve():
+        folder = Path(entry, PACKAGE.name)
+        if folder.resolve() != PACKAGE.resolve():
             record = record_in(folder, name)
             if record.built and why_unfit(record) is None:
                 return folder
