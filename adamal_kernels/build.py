@@ -142,9 +142,7 @@ def _archs(*, all_of_them: bool) -> Iterator[None]:
         for name in before:
             del os.environ[name]
     elif not any(value.strip() for value in before.values()) and torch.cuda.is_available():
-        devices = range(torch.cuda.device_count())
-        found = sorted({torch.cuda.get_device_capability(index) for index in devices})
-        os.environ[variables[0]] = ";".join(f"{major}.{minor}" for major, minor in found)
+        os.environ[variables[0]] = "native"
     try:
         yield
     finally:

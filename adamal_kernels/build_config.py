@@ -5,6 +5,7 @@ between them, or ``none``. A backend it names that cannot be built is an error. 
 that can be built is, and the rest is left out with a message: the package works without it.
 
 ``ADAMAL_CUDA_ARCHS``, else ``TORCH_CUDA_ARCH_LIST``, sets the CUDA architectures ("8.0;9.0").
+``ADAMAL_CUDA_ARCHS=native`` means those of the GPUs that torch finds here.
 ``CXX`` and ``CUDA_HOME`` choose the compilers, ``MAX_JOBS`` how many files compile at a time.
 ``CFLAGS``, ``CXXFLAGS`` and ``CPPFLAGS`` go before our own flags for C++; the linker takes
 ``LDFLAGS``.
@@ -213,6 +214,8 @@ def cuda_archs(nvcc: str, cuda: str) -> list[str]:
         value = os.environ.get(variable, "").strip()
         if not value:
             continue
+        if variable == "ADAMAL_CUDA_ARCHS" and value == "native":
+            value = native_archs()
         archs = [word.removesuffix("+PTX").replace(".", "") for word in re.split(r"[\s,;]+", value)]
         if unknown := [arch for arch in archs if arch.rstrip("af") not in supported]:
             raise CannotBuildError(
@@ -221,6 +224,19 @@ def cuda_archs(nvcc: str, cuda: str) -> list[str]:
             )
         return archs
     return [arch for arch in CUDA_ARCHS if arch in supported]
+
+
+def native_archs() -> str:
+    """Return the compute capabilities of the GPUs that torch finds here."""
+    cuda = import_torch().cuda
+    if not cuda.is_available():
+        raise CannotBuildError(
+            "ADAMAL_CUDA_ARCHS=native means the GPUs of this machine, and torch finds none "
+            "(torch.cuda.is_available() is False); name their compute capabilities instead, such "
+            'as ADAMAL_CUDA_ARCHS="9.0"'
+        )
+    capabilities = {cuda.get_device_capability(index) for index in range(cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
 
 
 def pybind11_include(torch: Any) -> str:

@@ -67,6 +67,11 @@ class ExtensionRecord(NamedTuple):
     sources: str | None = None
     """The digest of what it was made of."""
 
+    @property
+    def command(self) -> str:
+        """What builds it."""
+        return build_command()
+
     def content(self) -> dict[str, Any]:
         """Return what the file of records holds of it."""
         return {k: v for k, v in self._asdict().items() if k not in ("name", "folder")}
