@@ -1,15 +1,16 @@
-# Two environments, each made when it is first needed: .venv for development (requirements-dev.txt)
-# and .venv-cuda, with a CUDA build of torch, for cuda-build.
+# Two environments, each made when it is first needed: .venv, in which `make demo` finds what it
+# needs (requirements-demo.txt) and development the rest (requirements-dev.txt), and .venv-cuda, with
+# a CUDA build of torch, for cuda-build.
 PYTHON ?= python3
 export PYTHON
 
 VENV := .venv
 VENV_CUDA := .venv-cuda
-# With an environment's tools on PATH: torch's build looks there for ninja, pre-commit for ruff.
+# With an environment's tools on PATH: pre-commit looks there for ruff.
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin
 RUN_CUDA := PATH="$(CURDIR)/$(VENV_CUDA)/bin:$$PATH" $(VENV_CUDA)/bin
 
-NATIVE := setup.py pyproject.toml $(wildcard csrc/*)
+NATIVE := adamal_kernels/build_config.py $(wildcard csrc/*)
 PACKAGE := $(shell find adamal_kernels -name '*.py')
 
 .NOTPARALLEL:
@@ -19,9 +20,10 @@ help:  ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: build  ## Train a small GPT with Adam and with AdamAL, side by side.
-	$(RUN)/python examples/train_gpt.py
+	@echo "Training twice: a minute or two"
+	@$(RUN)/python examples/train_gpt.py
 
-test: build  ## Run the whole test suite, by a worker a core. PYTEST_ARGS are passed on.
+test: build $(VENV)/.developing  ## Run the whole test suite, by a worker a core. PYTEST_ARGS are passed on.
 	$(RUN)/python -m pytest tests -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 bench: build  ## Time a step against torch's, table and plot in benchmarks/results/. BENCH_ARGS are passed on.
@@ -32,7 +34,7 @@ bench: build  ## Time a step against torch's, table and plot in benchmarks/resul
 bench-check: build  ## Compare the host's instructions per tensor with those recorded; needs valgrind.
 	$(RUN)/python benchmarks/host_instructions.py
 
-paper: build  ## Test the paper's claims, records and plots in benchmarks/paper/results/. PAPER_ARGS are passed on.
+paper: build $(VENV)/.developing  ## Test the paper's claims, records and plots in benchmarks/paper/results/. PAPER_ARGS are passed on.
 	$(RUN)/python -m benchmarks.paper $(PAPER_ARGS)
 
 build: $(VENV)/.built  ## Build the extensions in place: C++, and CUDA given nvcc and a CUDA torch.
@@ -47,10 +49,10 @@ cuda-build: $(VENV_CUDA)/.built  ## Build and import everything against a CUDA b
 gpu-check:  ## On a machine with an NVIDIA GPU: check and measure in nine minutes, with PYTHON's packages. GPU_CHECK_ARGS are passed on.
 	.ci/gpu-check $(GPU_CHECK_ARGS)
 
-lint: $(VENV)/.installed  ## Check style, and correct what the formatters can.
+lint: $(VENV)/.developing  ## Check style, and correct what the formatters can.
 	$(RUN)/pre-commit run --all-files --show-diff-on-failure
 
-format: $(VENV)/.installed  ## Format the sources, and apply ruff's fixes.
+format: $(VENV)/.developing  ## Format the sources, and apply ruff's fixes.
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 	$(RUN)/clang-format -i $(wildcard csrc/* tests/native/*)
@@ -69,20 +71,31 @@ define make_venv
 	  "$(PYTHON) has no venv module (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || { echo >&2 \
 	  "no C++ compiler: install g++ (Debian, Ubuntu: apt-get install g++), or set CXX"; exit 1; }
-	$(PYTHON) -m venv $(1)
+	@$(PYTHON) -m venv $(1)
 endef
 
-$(VENV)/.installed: requirements-dev.txt
+# $(call quietly,WHAT,COMMAND): a line says what is done, and the rest goes into a log.
+LOG := build/make.log
+define quietly
+	@mkdir -p $(dir $(LOG)); echo "$(1)"; { $(2); } >$(LOG) 2>&1 || { \
+	  tail -n 20 $(LOG); echo >&2 "that failed; all it printed is in $(LOG)"; exit 1; }
+endef
+
+$(VENV)/.installed: requirements-demo.txt
 	$(call make_venv,$(VENV))
-	$(RUN)/python -m pip install -r requirements-dev.txt
-	ADAMAL_BUILD=none $(RUN)/python -m pip install --no-build-isolation --no-deps -e .
+	$(call quietly,Installing torch and matplotlib into $(VENV): a minute or two,\
+	  $(RUN)/python -m pip install -r requirements-demo.txt && \
+	  ADAMAL_BUILD=none $(RUN)/python -m pip install --no-build-isolation --no-deps -e .)
+	@touch $@
+
+$(VENV)/.developing: $(VENV)/.installed requirements-dev.txt
+	$(call quietly,Installing what the tests need into $(VENV): a minute or two,\
+	  $(RUN)/python -m pip install -r requirements-dev.txt)
 	@touch $@
 
 # Fails where _C is missing, so that no test is left out for want of it.
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
-	$(RUN)/python setup.py build_ext --inplace
-	@$(RUN)/python -c 'import sys; from adamal_kernels.build_info import why_not_importable; \
-	  sys.exit(why_not_importable("_C"))'
+	@$(RUN)/python -m adamal_kernels build
 	@touch $@
 
 $(VENV_CUDA)/.installed: requirements-cuda.txt

@@ -14,6 +14,7 @@ from .version import __version__
 # main(chosen, console). It is imported, and torch with it, only when the command is used.
 _COMMANDS = {
     "info": "versions, devices, and each backend: usable, or the reason why not",
+    "build": "compile the extensions for the torch at hand",
     "verify": "check every usable backend bit for bit, and against the float64 oracle",
     "bench": "time a step against torch.optim.Adam and other packages' Adams",
 }

@@ -8,7 +8,6 @@ it by default, so that :class:`~adamal_kernels.AdamALW` is what continues them.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .checkpoint import read_step
 from .hyperparameters import beta_power
+from .user_warning import warn_user
 
 __all__ = ["as_torch_adam"]
 
@@ -73,10 +73,9 @@ def as_torch_adam(
         new_group.pop("step", None)
         new_groups.append(new_group)
     for key, count in lost.items():
-        warnings.warn(
+        warn_user(
             f"load_state_dict: {key!r} of {count} parameters in the {layout.name} checkpoint has "
-            f"no place here and is left out: {layout.dropped[key]}",
-            stacklevel=3,
+            f"no place here and is left out: {layout.dropped[key]}"
         )
     return new_groups, new_state
 

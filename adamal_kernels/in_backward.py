@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .hyperparameters import StepInputs
 from .plan import Plan
+from .user_warning import warn_user
 
 if TYPE_CHECKING:
     from .optimizer import _AdamBase
@@ -127,11 +127,10 @@ class _Hook:
             stepper.step(param)
             return
         _remove_dead_hooks(param)
-        warnings.warn(
+        warn_user(
             "the optimizer that stepped parameters in backward is gone, and they keep their "
             "gradients; keep a reference to it, or to what step_in_backward() returned",
             RuntimeWarning,
-            stacklevel=2,
         )
 
 

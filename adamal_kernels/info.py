@@ -62,10 +62,7 @@ def collect() -> dict[str, Any]:
             "cuda of torch": torch.version.cuda or "none",
         },
         "devices": devices,
-        "extensions": {
-            name: "built" if (record := extension_record(name)).built else record.reason
-            for name in ("_C", "_cuda")
-        },
+        "extensions": {name: str(extension_record(name)) for name in ("_C", "_cuda")},
         "backends": backends,
         "auto": {
             device.type: _automatic(device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from .backends.planned import PlannedBackend, bound_options, bound_rows
 from .bucket import BucketKey
+from .build_info import load_extension
 from .coupled import CoupledRows
 from .distributed import local_part, sharded_class
 from .options import GroupOptions
@@ -57,7 +57,7 @@ def bind(
     """
     if type(param_groups) is not list or not all(map(_is_comparable, param_groups)):
         return None
-    extension = import_module("adamal_kernels._C")
+    extension = load_extension("_C")
     places = bound_places(bindings)
     backends = {binding.backend.name: binding.backend for binding in bindings.values()}
     steps: list[list[Tensor]] = [[] for _ in places]

@@ -2,7 +2,7 @@
 
 The text is the source code of Python's own standard library, so nothing is downloaded. Both runs
 start from the same weights and see the same batches in the same order; only the optimizer
-differs. Prints a table of what was measured and draws both loss curves.
+differs. Prints a table of what was measured, and draws the losses and the time in the optimizer.
 
     python examples/train_gpt.py
     python examples/train_gpt.py --device cuda --steps 2000 --width 384 --layers 6 --heads 6
@@ -24,6 +24,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,7 @@ class Training:
             "optimizer": self.name,
             "final_train_loss": statistics.fmean(self.train_loss[-smoothing_window(self.config) :]),
             "final_held_out_loss": self.held_out_loss[-1][1],
+            "optimizer_seconds": self.step_seconds,
             "optimizer_ms_per_step": 1e3 * statistics.median(self.step_seconds),
             "state_bytes_per_parameter": state_bytes(optimizer) / parameters,
             "backend": ", ".join(backends),
@@ -250,10 +252,14 @@ def result_table(runs: Sequence[dict[str, Any]], config: Config) -> Table:
 
 
 def draw(runs: Sequence[dict[str, Any]], config: Config, path: Path) -> None:
-    """Draw both runs' losses, and the difference of their held-out losses, into a PNG."""
+    """Draw what was learned and what it took into a PNG: losses left, optimizer time right."""
     window = smoothing_window(config)
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    loss, gap = figure.subplots(2, sharex=True, height_ratios=[3.2, 1])
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    panels = figure.subplot_mosaic(
+        [["loss", "time"], ["gap", "time"]], height_ratios=[3.2, 1], width_ratios=[1.5, 1]
+    )
+    loss, gap, time_spent = panels["loss"], panels["gap"], panels["time"]
+    gap.sharex(loss)
     for run in runs:
         name = run["optimizer"]
         color, width, size = STYLES[name]
@@ -262,6 +268,9 @@ def draw(runs: Sequence[dict[str, Any]], config: Config, path: Path) -> None:
         steps, held_out = zip(*run["held_out_loss"], strict=True)
         loss.plot(centers, smooth, color=color, lw=width, label=f"{name}, train")
         loss.plot(steps, held_out, "o", color=color, ms=size, label=f"{name}, held out")
+        seconds = list(accumulate(run["optimizer_seconds"], initial=0.0))
+        label = f"{name} ({run['backend']}): {seconds[-1]:.3g} s"
+        time_spent.plot(seconds, color=color, lw=3, label=label)
     adam, adamal = runs
     pairs = zip(adam["held_out_loss"], adamal["held_out_loss"], strict=True)
     gap.axhline(0, color=STYLES[adam["optimizer"]][0], lw=2)
@@ -270,13 +279,20 @@ def draw(runs: Sequence[dict[str, Any]], config: Config, path: Path) -> None:
     loss.set_ylabel("loss (nats per character)")
     title = f"Training: running mean of {window} steps. Held out: {HELD_OUT_WINDOWS} fixed windows."
     loss.set_title(title, fontsize="medium")
-    loss.legend(frameon=False)
     gap.set(xlabel="optimizer step", ylabel="difference (nats)")
     title = f"Held-out loss: {adamal['optimizer']} minus {adam['optimizer']}"
     gap.set_title(title, fontsize="medium")
-    for axes in (loss, gap):
+    time_spent.set(xlabel="optimizer step", ylabel="seconds inside optimizer.step(), so far")
+    ratio = adam["optimizer_ms_per_step"] / adamal["optimizer_ms_per_step"]
+    title = f"{adamal['optimizer']}'s median step is {ratio:.2f} times as fast"
+    time_spent.set_title(title, fontsize="medium")
+    for axes in (loss, time_spent):
+        axes.legend(frameon=False)
+    for axes in panels.values():
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(0, config.steps)
+    time_spent.set_ylim(bottom=0)
     title = f"Character-level GPT on {device_name(torch.device(config.device))}"
     figure.suptitle(f"{title}\n{describe(config)}", fontsize="large")
     figure.savefig(path, dpi=150)
@@ -350,7 +366,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=whole_number(0), default=0, help="seed of the weights and the data order")
     add("--device", type=compute_device, default="auto", help="auto, cpu, cuda or cuda:<index>")
     add("--dtype", choices=DTYPES, default="float32", help="type of the parameters")
-    add("--output", type=file_name(".png"), default="build/train_gpt.png", help="loss curves")
+    add("--output", type=file_name(".png"), default="build/train_gpt.png", help="the picture")
     add("--json", type=file_name(".json"), help="also write every figure into this file")
     options = parser.parse_args(argv)
     if options.width % options.heads:
@@ -392,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (OSError, FloatingPointError) as error:
         sys.exit(f"train_gpt: error: {error}")
     console.print(result_table(runs, config))
-    console.print(f"Loss curves: {output}", soft_wrap=True)
+    console.print(f"Losses and optimizer time: {output}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adamal_kernels import Adam, AdamAL, AdamALW, Box, distributed
 from adamal_kernels import plan as plan_module
+from adamal_kernels.build_info import load_extension
 from adamal_kernels.distributed import mesh_and_placements, reduce_squared_norms
 from adamal_kernels.verify import different_values, same_bits
 
@@ -511,7 +511,7 @@ def a_class_that_keeps_its_parts_elsewhere(world: World) -> None:
     class Elsewhere:
         _local_tensor = _spec = property(lambda self: None)
 
-    extension = import_module("adamal_kernels._C")
+    extension = load_extension("_C")
     assert distributed._sharded_class_of(extension, Elsewhere) is None
     as_it_is = distributed._sharded_class_of
     distributed._sharded_class_of = lambda *_: None

@@ -110,9 +110,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., StandInKernel
     def install(error: str | None, driver: int = 13000) -> StandInKernels:
         kernels = StandInKernels(error, driver)
         monkeypatch.setitem(sys.modules, "adamal_kernels._cuda", kernels)
-        record = ExtensionRecord(
-            "_cuda", True, "", "pip install .", cuda="13.0", archs=("80", "90a", "100")
-        )
+        record = ExtensionRecord("_cuda", True, cuda="13.0", archs=("80", "90a", "100"))
         monkeypatch.setattr(native, "extension_record", lambda name: record)
         monkeypatch.setattr(native, "why_not_importable", lambda name: None)
         monkeypatch.setattr(torch.version, "hip", None)
@@ -145,7 +143,7 @@ def test_a_gpu_that_the_kernels_were_not_built_for(gpu: Callable[..., StandInKer
     assert BACKENDS["cuda"].unavailable(torch.device("cuda", 0)) == (
         "its kernels cannot be launched on cuda:0 (no kernel image is available): they were built "
         "by CUDA 13.0 for compute capability 8.0, 9.0a, 10.0, and cuda:0 has 7.5 and a driver that "
-        "runs CUDA 13.0; in the source tree, run: ADAMAL_CUDA_ARCHS=7.5 pip install ."
+        "runs CUDA 13.0; run: ADAMAL_CUDA_ARCHS=7.5 python -m adamal_kernels build"
     )
     # Not so much as tried: a step would end in the middle of its launches.
     key = BucketKey(torch.device("cuda", 0), DTYPE_PAIRS[0], SecondMoment.MONOTONE)

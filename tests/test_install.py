@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ static PyModuleDef module{{PyModuleDef_HEAD_INIT, "{name}"}};
 PyMODINIT_FUNC PyInit_{name}() {{ return PyModule_Create(&module); }}
 """
 
+LIBRARIES = ("c10", "torch", "torch_cpu", "torch_python")
 NO_TORCH = {"torch/__init__.py": "raise ModuleNotFoundError(\"No module named 'torch'\")"}
 
 
@@ -39,30 +44,25 @@ def stand_in_torch(cuda: str | None) -> dict[str, str]:
     """A torch, as far as setup.py looks at it."""
     return {
         "torch/__init__.py": f"__version__ = '9.8.7'\nclass version:\n    cuda = {cuda!r}\n",
-        "torch/utils/__init__.py": "",
-        "torch/utils/cpp_extension.py": (
-            "from setuptools import Extension as CppExtension\n"
-            "from setuptools.command.build_ext import build_ext as BuildExtension\n"
-        ),
-    }
+    } | {f"torch/lib/lib{name}.so": "/* a linker script */" for name in LIBRARIES}
 
 
-# Compiles the C++ sources; knows two architectures; keeps its last arguments.
+# Compiles as C++; knows two architectures; keeps the last arguments for a .cu file.
 NVCC = """#!/bin/sh
 case "$1" in
   --version) echo "Cuda compilation tools, release 12.8, V12.8.93" ;;
   --list-gpu-arch) printf 'compute_80\\ncompute_90\\n' ;;
   *)
-    echo "$@" > "$(dirname "$0")/arguments"
+    arguments="$*"
     while [ $# -gt 0 ]; do
       case "$1" in
-        -I*) include="$include $1" ;;
-        *.cpp) sources="$sources $1" ;;
-        -o) output=$2 ;;
+        -I* | -MMD | -c | *.cpp | *.o | -shared) take="$take $1" ;;
+        -MF | -o) take="$take $1 $2"; shift ;;
+        *.cu) take="$take -x c++ $1"; echo "$arguments" > "$(dirname "$0")/arguments" ;;
       esac
       shift
     done
-    exec c++ -shared -fPIC $include $sources -o "$output" ;;
+    exec c++ -fPIC $take ;;
 esac
 """
 
@@ -75,7 +75,7 @@ class Wheel:
     files: list[str]
     modules: list[str]
     extensions: dict[str, dict[str, Any]]
-    command: str
+    metadata: Message
     said: str
 
 
@@ -135,9 +135,12 @@ class Checkout:
         with zipfile.ZipFile(path) as archive:
             files = archive.namelist()
             record = json.loads(archive.read("adamal_kernels/_build.json"))
+            (metadata,) = (file for file in files if file.endswith(".dist-info/METADATA"))
+            parsed = message_from_bytes(archive.read(metadata))
         path.unlink()
         modules = [Path(file).name.split(".")[0] for file in files if file.endswith(".so")]
-        return Wheel(path.name, files, sorted(modules), **record, said=done.stdout + done.stderr)
+        said = done.stdout + done.stderr
+        return Wheel(path.name, files, sorted(modules), **record, metadata=parsed, said=said)
 
     def error(self, torch: dict[str, str], **environment: str) -> str:
         """Build, which must fail; return what was said."""
@@ -157,9 +160,8 @@ def test_without_torch_the_python_part_is_installed(checkout: Checkout) -> None:
     assert wheel.name == f"adamal_kernels-{__version__}-py3-none-any.whl"
     assert {"adamal_kernels/py.typed", "adamal_kernels/optimizer.py"} <= set(wheel.files)
     assert wheel.modules == []
-    assert not any("csrc" in file or "tests" in file for file in wheel.files)
-    assert wheel.command == "pip install --no-build-isolation --no-deps --force-reinstall ."
-    assert wheel.command in wheel.said
+    assert not any("tests" in file for file in wheel.files)
+    assert "adamal build" in wheel.said
     for name in ("_C", "_cuda"):
         record = wheel.extensions[name]
         assert record["built"] is False
@@ -190,6 +192,8 @@ def test_a_cuda_torch_and_nvcc_get_both_extensions(checkout: Checkout) -> None:
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
     ]
+    lines = [line for line in wheel.said.splitlines() if re.match(r" ?\d+ of 17, \d+ s: ", line)]
+    assert len(lines) == 17  # A line a file, for pip -v.
 
 
 @pytest.mark.parametrize("variable", ["ADAMAL_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"])
@@ -235,8 +239,7 @@ def test_in_place(checkout: Checkout) -> None:
     package = checkout.tree / "adamal_kernels"
     assert checkout.run(*build, torch=stand_in_torch(None)).returncode == 0
     assert [path.name.split(".")[0] for path in package.glob("*.so")] == ["_C"]
-    command = json.loads((package / "_build.json").read_text())["command"]
-    assert command.endswith("setup.py build_ext --inplace")
+    assert not (package / "csrc").exists()
     assert checkout.run(*build, torch=NO_TORCH).returncode == 0
     assert list(package.glob("*.so")) == []
 
@@ -273,7 +276,7 @@ def test_a_failed_compilation(checkout: Checkout) -> None:
     assert "ADAMAL_BUILD=cpu asks for adamal_kernels._C" in said
     checkout.install_nvcc()
     wheel = checkout.build(stand_in_torch("12.8"))
-    assert "compilation failed" in wheel.extensions["_C"]["reason"]
+    assert "bindings.cpp does not compile" in wheel.extensions["_C"]["reason"]
     assert wheel.modules == ["_cuda"]
 
 
@@ -293,13 +296,14 @@ def test_none_builds_nothing(checkout: Checkout) -> None:
 @pytest.fixture
 def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """Return a function that stands a record in for the package's own."""
-    path = tmp_path / "_build.json"
-    monkeypatch.setattr(build_info, "_RECORD", path)
+    monkeypatch.setattr(build_info, "PACKAGE", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("_C", "_cuda"):
         monkeypatch.delitem(sys.modules, f"adamal_kernels.{name}", raising=False)
 
     def write(**record: Any) -> None:
-        path.write_text(json.dumps({"command": "the command", "extensions": {"_C": record}}))
+        (tmp_path / build_info.RECORD).write_text(json.dumps({"extensions": {"_C": record}}))
 
     return write
 
@@ -307,8 +311,11 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
 def test_an_extension_for_another_torch_is_named_as_such(recorded: Recorder) -> None:
     recorded(built=True, torch="1.2.3+cu99")
     reason = build_info.why_not_importable("_C")
-    for part in ("built for torch 1.2.3+cu99", f"this is torch {torch.__version__}", "the command"):
+    for part in ("built for torch 1.2.3+cu99", f"this is torch {torch.__version__}"):
         assert part in reason
+    assert reason.endswith("; run: adamal build")
+    with pytest.raises(ImportError, match="this is torch"):
+        build_info.load_extension("_C")
 
 
 def test_an_extension_for_another_python_is_named_as_such(recorded: Recorder) -> None:
@@ -320,30 +327,88 @@ def test_what_was_left_out_is_explained(recorded: Recorder) -> None:
     recorded(built=False, reason="no compiler was there")
     assert build_info.extension_record("_C").built is False
     reason = build_info.why_not_importable("_C")
-    for part in ("_C was not built", "no compiler was there", "the command"):
+    for part in ("_C was not built", "no compiler was there", "run: adamal build"):
         assert part in reason
+    with pytest.raises(ImportError, match="no compiler was there"):
+        build_info.load_extension("_C")
 
 
-def test_an_extension_that_does_not_import_is_explained(
-    recorded: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def undefined_symbol(module: str) -> None:
-        raise ImportError(f"{module}: undefined symbol: _Z1fv")
-
-    monkeypatch.setattr(build_info, "import_module", undefined_symbol)
+def test_an_extension_that_does_not_import_is_explained(recorded: Recorder) -> None:
     recorded(built=True, torch=torch.__version__)
+    file = build_info.PACKAGE / build_info.extension_file("_C")
+    file.write_text("no library")
     reason = build_info.why_not_importable("_C")
-    for part in ("cannot be imported", "undefined symbol: _Z1fv", "the command"):
+    for part in ("cannot be imported", str(file), "run: adamal build"):
         assert part in reason
 
 
-@pytest.mark.parametrize(
-    "content", [None, "", "[]", "{}", '{"command": 1, "extensions": {"_C": 1}}']
-)
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"extensions": {"_C": 1}}'])
 def test_a_missing_or_broken_record_is_explained(recorded: Recorder, content: str | None) -> None:
     if content is not None:
-        build_info._RECORD.write_text(content)
+        (build_info.PACKAGE / build_info.RECORD).write_text(content)
     record = build_info.extension_record("_C")
     assert record.built is False
     assert ("nothing was built" if content is None else "unreadable") in record.reason
-    assert "setup.py build_ext --inplace" in build_info.why_not_importable("_C")
+    assert "run: adamal build" in build_info.why_not_importable("_C")
+
+
+def test_in_the_source_tree_an_installed_copy_is_pointed_at(
+    recorded: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded(built=True, torch=torch.__version__)
+    tree = tmp_path / "tree" / "adamal_kernels"
+    (tree.parent / "csrc").mkdir(parents=True)
+    installed = tmp_path / "site-packages" / "adamal_kernels"
+    installed.mkdir(parents=True)
+    (tmp_path / build_info.RECORD).rename(installed / build_info.RECORD)
+    monkeypatch.setattr(build_info, "PACKAGE", tree)
+    assert "installed" not in build_info.why_not_importable("_C")
+    monkeypatch.setattr(sys, "path", [str(tree.parent), str(installed.parent)])
+    reason = build_info.why_not_importable("_C")
+    for part in ("source tree", f"a built copy is installed at {installed}", "`adamal`", "-e ."):
+        assert part in reason
+    assert reason.endswith("run: python -m adamal_kernels build")
+
+
+def test_the_wheel_has_the_sources_and_what_an_index_shows(checkout: Checkout) -> None:
+    wheel = checkout.build(NO_TORCH)
+    sources = {f"adamal_kernels/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    assert {file for file in wheel.files if "csrc" in file} == sources
+    metadata = wheel.metadata
+    assert metadata["Author"]
+    classifiers = metadata.get_all("Classifier")
+    for minor in range(10, 15):
+        assert f"Programming Language :: Python :: 3.{minor}" in classifiers
+    page = metadata.get_payload()
+    assert metadata["Description-Content-Type"].startswith("text/markdown")
+    assert "# AdamAL kernels" in page
+    assert re.findall(r"\]\((?!https?:|#)[^)]*\)", page) == []
+
+    # Once the files have a public address, pictures and links lead there.
+    setup = checkout.tree / "setup.py"
+    setup.write_text(
+        setup.read_text().replace("FILES_URL = None", 'FILES_URL = "https://h.example"')
+    )
+    page = checkout.build(NO_TORCH).metadata.get_payload()
+    assert re.search(r"!\[[^]]*\]\(https://h\.example/benchmarks/results/[^)]*\.png\)", page)
+    assert "](https://h.example/docs/method.md" in page
+
+
+def test_the_sdist_has_all_that_is_tracked(tmp_path: Path) -> None:
+    """Of the tree itself: an sdist is what distributions build and test from."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "-C", str(ROOT), "ls-files", "-z"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    tracked = set(done.stdout.strip("\0").split("\0"))
+    tree = tmp_path / "tree"
+    for name in tracked:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    command = [sys.executable, "setup.py", "-q", "sdist"]
+    environment = os.environ | {"ADAMAL_BUILD": "none"}
+    subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True)
+    (path,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        found = {name.partition("/")[2] for name in archive.getnames()}
+    assert tracked - found == {".gitignore"}

@@ -15,6 +15,7 @@ from test_steady_state import REPEATED, checked  # noqa: F401
 from torch import Tensor
 
 from adamal_kernels import Adam, AdamAL, AdamALW, Box, NonNegative, ParameterStatistics
+from adamal_kernels.build_info import load_extension
 from adamal_kernels.plan import Plan
 from adamal_kernels.verify import different_values, same_bits
 from adamal_kernels.watch_records import WORDS
@@ -452,7 +453,7 @@ def test_the_table_names_parameters(place: Place) -> None:
 
 
 def test_records_of_another_kind_are_refused() -> None:
-    extension = pytest.importorskip("adamal_kernels._C")
+    extension = load_extension("_C")
     plan = extension.cpu_plan(0, 0)
     tensors = [torch.zeros(20000)]
     good = torch.zeros(2, WORDS, dtype=torch.int64)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from ..bucket import BucketKey
-from ..build_info import extension_record
+from ..build_info import extension_record, load_extension
 from ..dtypes import DTYPE_PAIRS
 from .planned import PlannedBackend, why_not_importable
 
@@ -42,7 +41,7 @@ class CpuBackend(NativeBackend):
 
     def new_plan(self, key: BucketKey) -> Any:
         """See :meth:`PlannedBackend.new_plan`."""
-        extension = import_module("adamal_kernels._C")
+        extension = load_extension("_C")
         return extension.cpu_plan(DTYPE_PAIRS.index(key.dtypes), int(key.second_moment))
 
 
@@ -70,8 +69,8 @@ class CudaBackend(NativeBackend):
 
     def new_plan(self, key: BucketKey) -> Any:
         """See :meth:`PlannedBackend.new_plan`."""
-        extension = import_module("adamal_kernels._C")
-        kernels = import_module("adamal_kernels._cuda")
+        extension = load_extension("_C")
+        kernels = load_extension("_cuda")
         return extension.cuda_plan(
             DTYPE_PAIRS.index(key.dtypes), int(key.second_moment), key.device.index, kernels.api
         )
@@ -80,7 +79,7 @@ class CudaBackend(NativeBackend):
 @functools.cache
 def _why_not_launchable(device: torch.device) -> str | None:
     """Why the CUDA kernels cannot be launched on a GPU, with the remedy; None if they can."""
-    kernels = import_module("adamal_kernels._cuda")
+    kernels = load_extension("_cuda")
     # torch's guard: it makes no context on the device that is current now.
     with torch.cuda.device(device):
         error = kernels.launch_error()
@@ -90,7 +89,7 @@ def _why_not_launchable(device: torch.device) -> str | None:
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
     built_for = ", ".join(re.sub(r"(\d\D*)$", r".\1", arch) for arch in record.archs)
     runs = f"CUDA {driver // 1000}.{driver % 1000 // 10}"
-    remedy = f"in the source tree, run: ADAMAL_CUDA_ARCHS={capability} {record.command}"
+    remedy = f"run: ADAMAL_CUDA_ARCHS={capability} {record.command}"
     if record.cuda is not None and _number_of(record.cuda) > driver:
         remedy = f"update the driver; or, by {runs} or older, {remedy}"
     return (

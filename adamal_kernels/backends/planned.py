@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .. import build_info
 from ..bucket import Bucket, BucketKey, DeviceScalars
+from ..build_info import load_extension
 from ..coupled import CoupledRows
 from ..dtypes import compute_dtype
 from ..gradient_norm import squared_norm
@@ -73,7 +73,7 @@ def bound_options(
     options: StepOptions, *, group: int = 0, device: torch.device | None = None
 ) -> Any:
     """Return options as C++ holds them; tensors among them are left to be read there."""
-    extension = import_module("adamal_kernels._C")
+    extension = load_extension("_C")
     numbers = {
         name: 0.0 if isinstance(value, Tensor) else value
         for name, value in options._asdict().items()
@@ -83,7 +83,7 @@ def bound_options(
 
 def bound_rows(rows: CoupledRows) -> Any:
     """Return a tensor's set as C++ holds it."""
-    return import_module("adamal_kernels._C").CoupledRows(**rows._asdict())
+    return load_extension("_C").CoupledRows(**rows._asdict())
 
 
 def _step_on_device(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..bucket import BucketKey
+from ..build_info import load_extension
 from ..dtypes import DTYPE_PAIRS
 from .planned import PlannedBackend, why_not_importable
 from .triton_plan import PythonPlan
@@ -59,7 +59,7 @@ class TritonBackend(PlannedBackend):
         launcher, block = Launcher(key), _kernels().BLOCK
         if not self.has_native_plans:
             return PythonPlan(key, block, launcher)
-        extension = import_module("adamal_kernels._C")
+        extension = load_extension("_C")
         return extension.triton_plan(
             DTYPE_PAIRS.index(key.dtypes), int(key.second_moment), key.device, block, launcher
         )

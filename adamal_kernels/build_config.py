@@ -1,0 +1,480 @@
+"""What the extensions are made of, and how they are compiled: for setup.py and ``adamal build``.
+
+``ADAMAL_BUILD`` names the native backends to build: ``cpu``, ``cuda`` or both with a comma
+between them, or ``none``. A backend it names that cannot be built is an error. Unset, everything
+that can be built is, and the rest is left out with a message: the package works without it.
+
+``ADAMAL_CUDA_ARCHS``, else ``TORCH_CUDA_ARCH_LIST``, sets the CUDA architectures ("8.0;9.0").
+``ADAMAL_CUDA_ARCHS=native`` means those of the GPUs that torch finds here.
+``CXX`` and ``CUDA_HOME`` choose the compilers, ``MAX_JOBS`` how many files compile at a time.
+``CFLAGS``, ``CXXFLAGS`` and ``CPPFLAGS`` go before our own flags for C++; the linker takes
+``LDFLAGS``.
+
+setup.py loads this file by its path, where torch may be absent: it imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+__all__ = [
+    "CannotBuildError",
+    "Extension",
+    "build_key",
+    "compile_extensions",
+    "configure",
+    "jobs",
+    "left_out",
+    "objects_folder",
+    "source_folder",
+    "sources_digest",
+]
+
+SOURCES = {
+    "_C": [
+        "bindings.cpp",
+        "norm_cpu.cpp",
+        "plan.cpp",
+        "plan_triton.cpp",
+        "projection_cpu.cpp",
+        "sharded_class.cpp",
+        "steady_groups.cpp",
+        "steady_members.cpp",
+        "steady_sharded.cpp",
+        "steady_state.cpp",
+        "step_cpu.cpp",
+    ],
+    "_cuda": [
+        "bindings_cuda.cpp",
+        "norm_cuda.cu",
+        "projection_cuda.cu",
+        "scalars_cuda.cu",
+        "step_cuda.cu",
+        "watched_step_cuda.cu",
+    ],
+}
+# What each backend consists of: the steps on CUDA are planned by _C.
+BACKENDS = {"cpu": ("_C",), "cuda": ("_C", "_cuda"), "none": ()}
+
+# The operations of an element are rounded one by one, as on every backend: no fused multiply-add,
+# no approximate division or root. errno and traps change no value, and hinder vectorisation.
+CXX_FLAGS = (
+    "-std=c++20 -O3 -g0 -DNDEBUG -fPIC -fwrapv -ffp-contract=off -fno-math-errno "
+    "-fno-trapping-math -fvisibility=hidden"
+)
+NVCC_FLAGS = (
+    "-std=c++17 -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false --threads=0 "
+    "-Xcompiler=-fPIC,-ffp-contract=off,-fvisibility=hidden"
+)
+# On an AMD EPYC core, g++ 12 and nvcc 13.0.
+CPU_MINUTES = {"_C": 4, "_cuda": 5}
+CUDA_ARCHS = ("80", "90", "100")
+OLDEST_CUDA = (12, 1)
+
+
+class CannotBuildError(Exception):
+    """Why an extension cannot be built here, and what would help."""
+
+
+class Extension(NamedTuple):
+    """An extension, and the commands that make it."""
+
+    name: str
+    compile: list[str]
+    """Compiles a source, given with the output at the end."""
+    link: list[str]
+    """Links objects, likewise."""
+    libraries: list[str]
+    record: dict[str, Any]
+    """What the build record says of it."""
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of its sources, in :func:`source_folder`."""
+        return SOURCES[self.name]
+
+
+def source_folder(package: Path) -> Path:
+    """Return the folder of the C++ and CUDA sources: an installed package's, or the source tree's.
+
+    Args:
+        package: the folder of ``adamal_kernels``.
+    """
+    installed = package / "csrc"
+    return installed if installed.is_dir() else package.parent / "csrc"
+
+
+def sources_digest(sources: Path) -> str:
+    """Return the SHA-256 of everything an extension is made of, these flags included.
+
+    Raises:
+        OSError: a source cannot be read.
+    """
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for path in sorted(sources.iterdir()):
+        if path.suffix in (".h", ".cpp", ".cu"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def build_key() -> str:
+    """Return a name for what extensions are compiled for: torch, Python and the platform.
+
+    Raises:
+        CannotBuildError: torch cannot be imported.
+    """
+    return f"torch{import_torch().__version__}-{sysconfig.get_config_var('SOABI')}"
+
+
+def objects_folder(tree: Path) -> Path:
+    """Return where the objects of a source tree are kept, for the torch and Python at hand."""
+    return tree / "build" / f"objects-{build_key()}"
+
+
+def requested_extensions() -> set[str] | None:
+    """Return the extensions that ADAMAL_BUILD asks for; None where it leaves the choice.
+
+    Raises:
+        CannotBuildError: it is not understood.
+    """
+    value = os.environ.get("ADAMAL_BUILD", "").strip()
+    if not value:
+        return None
+    names = [name.strip() for name in value.split(",")]
+    if not set(names) <= BACKENDS.keys() or ("none" in names and len(names) > 1):
+        raise CannotBuildError(
+            f"ADAMAL_BUILD={value!r} is not understood: set it to cpu, cuda, cpu,cuda or none, or "
+            "leave it unset to build whatever can be built"
+        )
+    return {extension for name in names for extension in BACKENDS[name]}
+
+
+def import_torch() -> Any:
+    """Return torch, of the Python that builds."""
+    try:
+        import torch
+    except Exception as error:  # Absent, or there and broken.
+        raise CannotBuildError(
+            f"torch could not be imported by the build ({type(error).__name__}: {error}); pip "
+            "builds in an environment without torch unless --no-build-isolation is given"
+        ) from error
+    return torch
+
+
+def find_cxx() -> list[str]:
+    """Return the command of the C++ compiler."""
+    command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    if shutil.which(command[0]) is None:
+        raise CannotBuildError(
+            f"the C++ compiler {command[0]!r} was not found; install g++ (on Debian and Ubuntu: "
+            "apt-get install g++), or set CXX to a compiler that is there"
+        )
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise CannotBuildError(
+            "Python's own headers (Python.h) were not found; install them (on Debian and Ubuntu: "
+            "apt-get install python3-dev)"
+        )
+    return command
+
+
+def find_nvcc() -> str:
+    """Return the path of nvcc."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    for candidate in candidates:
+        if nvcc := shutil.which(candidate):
+            return nvcc
+    raise CannotBuildError(
+        f"nvcc was not found (looked for {' and '.join(candidates)}); install the CUDA toolkit and "
+        "put nvcc on PATH, or set CUDA_HOME to the toolkit's folder"
+    )
+
+
+def output_of(*command: str) -> str:
+    """Return what a command prints."""
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def cuda_archs(nvcc: str, cuda: str) -> list[str]:
+    """Return the architectures to compile for: those set by the user, else ours."""
+    supported = re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch"))
+    for variable in ("ADAMAL_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+        value = os.environ.get(variable, "").strip()
+        if not value:
+            continue
+        if variable == "ADAMAL_CUDA_ARCHS" and value == "native":
+            value = native_archs()
+        archs = [word.removesuffix("+PTX").replace(".", "") for word in re.split(r"[\s,;]+", value)]
+        if unknown := [arch for arch in archs if arch.rstrip("af") not in supported]:
+            raise CannotBuildError(
+                f"nvcc {cuda} does not compile for {', '.join(unknown)} ({variable}={value!r}); "
+                f"set ADAMAL_CUDA_ARCHS to some of {', '.join(supported)}"
+            )
+        return archs
+    return [arch for arch in CUDA_ARCHS if arch in supported]
+
+
+def native_archs() -> str:
+    """Return the compute capabilities of the GPUs that torch finds here."""
+    cuda = import_torch().cuda
+    if not cuda.is_available():
+        raise CannotBuildError(
+            "ADAMAL_CUDA_ARCHS=native means the GPUs of this machine, and torch finds none "
+            "(torch.cuda.is_available() is False); name their compute capabilities instead, such "
+            'as ADAMAL_CUDA_ARCHS="9.0"'
+        )
+    capabilities = {cuda.get_device_capability(index) for index in range(cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
+
+
+def pybind11_include(torch: Any) -> str:
+    """Return the folder of pybind11's headers: the package's, else the copy that torch carries."""
+    try:
+        import pybind11
+    except ImportError:
+        return str(Path(torch.__file__).with_name("include"))
+    return pybind11.get_include()
+
+
+def _flags(*variables: str) -> list[str]:
+    return [flag for name in variables for flag in shlex.split(os.environ.get(name, ""))]
+
+
+def configure_cpu() -> Extension:
+    """Return how the extension _C is made."""
+    torch = import_torch()
+    cxx = find_cxx()
+    folder = Path(torch.__file__).parent
+    includes = (
+        folder / "include",
+        folder / "include" / "torch" / "csrc" / "api" / "include",
+        sysconfig.get_path("include"),
+    )
+    compile_ = [*cxx, *_flags("CFLAGS", "CXXFLAGS", "CPPFLAGS"), *CXX_FLAGS.split()]
+    # OpenMP is compiled for and not linked: its symbols are found in the runtime that torch has
+    # loaded. A second runtime would bring a second pool of threads.
+    compile_ += ["-fopenmp", "-DTORCH_API_INCLUDE_EXTENSION_H", "-DTORCH_EXTENSION_NAME=_C"]
+    compile_ += [f"-I{include}" for include in includes]
+    libraries = [f"-L{folder / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+    return Extension(
+        "_C",
+        compile_,
+        [*cxx, "-shared", *_flags("LDFLAGS")],
+        libraries,
+        {"torch": torch.__version__, "compiler": output_of(*cxx, "--version").splitlines()[0]},
+    )
+
+
+def configure_cuda() -> Extension:
+    """Return how the extension _cuda is made. Needs no GPU and asks for none."""
+    torch = import_torch()
+    if torch.version.cuda is None:
+        raise CannotBuildError(
+            f"torch {torch.__version__} is not a CUDA build (torch.version.cuda is None); install "
+            "one that is"
+        )
+    nvcc = find_nvcc()
+    cxx = find_cxx()
+    cuda = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))[1]
+    if tuple(map(int, cuda.split("."))) < OLDEST_CUDA:
+        raise CannotBuildError(f"nvcc {cuda} is too old; install CUDA 12.1 or newer")
+    archs = cuda_archs(nvcc, cuda)
+    command = [nvcc]
+    if len(cxx) == 1:  # nvcc takes no launcher before it, and no flags after it.
+        command.append(f"-ccbin={cxx[0]}")
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    # The last one's PTX as well, for GPUs that are newer.
+    command.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    includes = (sysconfig.get_path("include"), pybind11_include(torch))
+    return Extension(
+        "_cuda",
+        [*command, *NVCC_FLAGS.split(), *(f"-I{include}" for include in includes)],
+        [*command, "-shared", "-cudart=static"],
+        [],
+        {"cuda": cuda, "archs": archs, "compiler": f"nvcc {cuda}"},
+    )
+
+
+_CONFIGURE = {"_C": configure_cpu, "_cuda": configure_cuda}
+
+
+def left_out(name: str, error: Exception) -> dict[str, Any]:
+    """Return the record of an extension that cannot be built.
+
+    Raises:
+        CannotBuildError: ADAMAL_BUILD asks for it.
+    """
+    requested = requested_extensions()
+    if requested is not None and name in requested:
+        raise CannotBuildError(
+            f"ADAMAL_BUILD={os.environ['ADAMAL_BUILD']} asks for adamal_kernels.{name}, which "
+            f"cannot be built: {error}"
+        ) from error
+    return {"built": False, "reason": str(error)}
+
+
+def configure(sources: Path) -> tuple[list[Extension], dict[str, dict[str, Any]]]:
+    """Return the extensions that can be built here, and a record of every extension.
+
+    Raises:
+        CannotBuildError: one that ADAMAL_BUILD asks for cannot be built.
+    """
+    requested = requested_extensions()
+    common = {"python": platform.python_version(), "sources": sources_digest(sources)}
+    extensions, records = [], {}
+    for name, configure_extension in _CONFIGURE.items():
+        try:
+            if requested is not None and name not in requested:
+                value = os.environ["ADAMAL_BUILD"]
+                raise CannotBuildError(f"ADAMAL_BUILD={value} left it out; unset ADAMAL_BUILD")
+            extension = configure_extension()
+        except Exception as error:
+            records[name] = left_out(name, error)
+        else:
+            extensions.append(extension)
+            records[name] = {"built": True, **common, **extension.record}
+    return extensions, records
+
+
+def jobs() -> int:
+    """Return how many files compile at a time: MAX_JOBS, else one a core.
+
+    Raises:
+        CannotBuildError: MAX_JOBS is no positive whole number.
+    """
+    value = os.environ.get("MAX_JOBS", "").strip()
+    if not value:
+        return len(os.sched_getaffinity(0))
+    if not re.fullmatch(r"[1-9]\d{0,5}", value, re.ASCII):
+        raise CannotBuildError(f"MAX_JOBS={value!r}: give a whole number from 1 up")
+    return int(value)
+
+
+class _CompilationError(Exception):
+    """A command of the build failed."""
+
+
+def compile_extensions(
+    extensions: Iterable[Extension],
+    sources: Path,
+    objects: Path,
+    output: Callable[[str], Path],
+    *,
+    report: Callable[[str], None],
+    log: TextIO,
+) -> dict[str, str]:
+    """Compile and link extensions, several files at a time; one that fails takes no other with it.
+
+    Args:
+        extensions: what to build.
+        sources: the folder of their sources.
+        objects: a folder for objects, of this torch alone. An object that is there is kept if it
+            was made by the same command and of files that have not changed since.
+        output: returns the file that the extension of a name becomes.
+        report: is given a line for each file that was compiled.
+        log: takes the commands and what they print.
+
+    Returns:
+        What failed, by the name of the extension.
+    """
+    extensions = list(extensions)
+    objects.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    failures: dict[str, str] = {}
+    errors: list[str] = []
+    total = sum(len(extension.sources) for extension in extensions)
+    with ThreadPoolExecutor(jobs()) as pool:
+        running: dict[Future[str], tuple[str, str]] = {
+            pool.submit(_compile, extension, sources / source, _object(objects, source)): (
+                extension.name,
+                source,
+            )
+            for extension in extensions
+            for source in extension.sources
+        }
+        try:
+            for done, future in enumerate(as_completed(running), 1):
+                name, source = running[future]
+                if future.cancelled():
+                    continue
+                try:
+                    log.write(future.result())
+                except (_CompilationError, OSError) as error:
+                    errors.append(f"{error}\n")
+                    failures.setdefault(name, f"{source} does not compile")
+                    for other, (extension, _) in running.items():
+                        if extension == name:
+                            other.cancel()
+                log.flush()
+                elapsed = round(time.monotonic() - begin)
+                report(f"{done:{len(str(total))}} of {total}, {elapsed} s: {source}")
+        except BaseException:  # Ctrl-C: what has not begun never shall.
+            pool.shutdown(cancel_futures=True)
+            raise
+    for extension in extensions:
+        if extension.name in failures:
+            continue
+        made = [str(_object(objects, source)) for source in extension.sources]
+        file = output(extension.name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        command = [*extension.link, *made, *extension.libraries, "-o", str(file)]
+        try:
+            log.write(_run(command))
+        except (_CompilationError, OSError) as error:
+            errors.append(f"{error}\n")
+            failures[extension.name] = "it does not link"
+    log.writelines(errors)  # Last, where they are looked for.
+    log.flush()
+    return failures
+
+
+def _object(objects: Path, source: str) -> Path:
+    return objects / f"{source}.o"
+
+
+def _compile(extension: Extension, source: Path, made: Path) -> str:
+    """Compile a source unless its object is up to date; return what the compiler printed."""
+    command = [*extension.compile, "-c", str(source), "-o"]
+    text = shlex.join(command)
+    recipe = made.with_suffix(".command")
+    if _up_to_date(made, recipe, text):
+        return f"{source.name}: unchanged\n"
+    recipe.unlink(missing_ok=True)
+    # Under a name of its own: another build in the same folder may be at this file, too.
+    new = made.with_suffix(f".{os.getpid()}.o")
+    dependencies = made.with_suffix(f".{os.getpid()}.d")
+    printed = _run([*command, str(new), "-MMD", "-MF", str(dependencies)])
+    rule = dependencies.read_text().replace("\\\n", " ")
+    dependencies.unlink()
+    os.replace(new, made)
+    recipe.write_text("\n".join([text, *rule.partition(": ")[2].split()]))
+    return printed
+
+
+def _up_to_date(made: Path, recipe: Path, command: str) -> bool:
+    try:
+        last, *dependencies = recipe.read_text().splitlines()
+        age = made.stat().st_mtime_ns
+        return last == command and all(os.stat(path).st_mtime_ns < age for path in dependencies)
+    except (OSError, ValueError):
+        return False
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    text = f"{shlex.join(command)}\n{done.stdout}"
+    if done.returncode:
+        raise _CompilationError(f"{text}exit status {done.returncode}")
+    return text
