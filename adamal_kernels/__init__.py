@@ -8,8 +8,10 @@
 ``python -m adamal_kernels info`` says what can run on this machine, and why the rest cannot.
 """
 
+from .backends import BackendName
+from .in_backward import InBackwardHandle
 from .optimizer import Adam, AdamAL, AdamALW, AdamW
-from .projections import Box, L1Ball, L2Ball, NonNegative, Simplex
+from .projections import Box, L1Ball, L2Ball, NonNegative, Projection, Simplex
 from .version import __version__
 from .watch import ParameterStatistics, Watch
 
@@ -18,11 +20,14 @@ __all__ = [
     "AdamAL",
     "AdamALW",
     "AdamW",
+    "BackendName",
     "Box",
+    "InBackwardHandle",
     "L1Ball",
     "L2Ball",
     "NonNegative",
     "ParameterStatistics",
+    "Projection",
     "Simplex",
     "Watch",
     "__version__",

@@ -7,7 +7,7 @@ options, no environment. It is one module and one line in :data:`BACKENDS`.
 from __future__ import annotations
 
 import warnings
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,15 @@ from .native import CpuBackend, CudaBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
-__all__ = ["BACKENDS", "BACKEND_NAMES", "FUSED", "Backend", "check_request", "pick"]
+__all__ = [
+    "BACKENDS",
+    "BACKEND_NAMES",
+    "FUSED",
+    "Backend",
+    "BackendName",
+    "check_request",
+    "pick",
+]
 
 
 class Backend(Protocol):
@@ -62,7 +70,10 @@ BACKENDS: dict[str, Backend] = {
 FUSED = ("cuda", "triton", "cpu")
 """Backends that read and write every element once."""
 
-BACKEND_NAMES = ("auto", *BACKENDS)
+BackendName = Literal["auto", "cuda", "triton", "cpu", "foreach", "reference"]
+"""What ``backend=`` may be: "auto", or a key of :data:`BACKENDS`."""
+
+BACKEND_NAMES: tuple[str, ...] = get_args(BackendName)
 
 _AUTO = {"cuda": ("cuda", "triton", "foreach"), "cpu": ("cpu", "foreach")}
 _AUTO_ELSEWHERE = ("foreach",)
