@@ -121,22 +121,21 @@ def check_program(command: list[str], words: list[str]) -> None:
     check_options(help_of(*command), words)
 
 
+# The programs whose arguments a variable of the Makefile holds.
+PASSED_ON = {"PAPER_ARGS": ("benchmarks.paper",), "BENCH_ARGS": ("adamal_kernels", "bench")}
+
+
 def check_make(words: list[str]) -> None:
     makefile = (ROOT / "Makefile").read_text()
     for word in words:
         name, is_variable, value = word.partition("=")
         if not is_variable:
-            assert re.search(rf"^{re.escape(name)}:.*##", makefile, re.MULTILINE), (
-                f"no target {name}"
-            )
+            target = re.search(rf"^{re.escape(name)}:.*##", makefile, re.MULTILINE)
+            assert target, f"no target {name}"
             continue
         assert re.search(rf"\b{name}\b", makefile), f"no variable {name}"
-        if name in ("PAPER_ARGS", "BENCH_ARGS"):
-            program = {
-                "PAPER_ARGS": ["benchmarks.paper"],
-                "BENCH_ARGS": ["adamal_kernels", "bench"],
-            }
-            check_program([sys.executable, "-m", *program[name]], shlex.split(value))
+        if name in PASSED_ON:
+            check_program([sys.executable, "-m", *PASSED_ON[name]], shlex.split(value))
 
 
 def check_pip(words: list[str]) -> None:
