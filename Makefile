@@ -1,20 +1,32 @@
-# Two environments, each made when it is first needed: .venv, in which `make demo` finds what it
-# needs (requirements-demo.txt) and development the rest (requirements-dev.txt), and .venv-cuda, with
-# a CUDA build of torch, for cuda-build.
+# Three environments, each made when it is first needed: .venv, in which `make demo` finds what it
+# needs (requirements-demo.txt) and development the rest (requirements-dev.txt); .venv-cuda, with a
+# CUDA build of the oldest torch, for cuda-build; and .venv-newest, with the newest Python and torch,
+# for newest.
 PYTHON ?= python3
 export PYTHON
+# The newest that is found, on PATH or under pyenv, and that packages can be built for.
+PYTHON_NEWEST ?= $(shell for name in python3.14 python3.13 python3.12; do \
+  for python in $$name $${PYENV_ROOT:-$$HOME/.pyenv}/versions/*/bin/$$name; do \
+    $$python -c 'import ensurepip, os, sysconfig; os.stat(sysconfig.get_path("include"))' \
+      2>/dev/null && echo $$python && exit; done; done)
 
 VENV := .venv
 VENV_CUDA := .venv-cuda
+VENV_NEWEST := .venv-newest
 # With an environment's tools on PATH: pre-commit looks there for ruff.
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin
 RUN_CUDA := PATH="$(CURDIR)/$(VENV_CUDA)/bin:$$PATH" $(VENV_CUDA)/bin
+RUN_NEWEST := PATH="$(CURDIR)/$(VENV_NEWEST)/bin:$$PATH" $(VENV_NEWEST)/bin
 
 NATIVE := adamal_kernels/build_config.py $(wildcard csrc/*)
 PACKAGE := $(shell find adamal_kernels -name '*.py')
+# What depends on Python's and torch's own objects, whose layout and interfaces change.
+CORE_TESTS := $(patsubst %,tests/test_%.py,optimizer steady_state shared_walk native_walk plan \
+  checkpoint traps bad_input)
 
 .NOTPARALLEL:
-.PHONY: help demo test bench bench-check paper build cuda-build gpu-check lint format clean
+.PHONY: help demo test bench bench-check paper build cuda-build newest newest-bench-check \
+  gpu-check lint format clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -46,6 +58,13 @@ cuda-build: $(VENV_CUDA)/.built  ## Build and import everything against a CUDA b
 	cd $(VENV_CUDA) && bin/python -m adamal_kernels info
 	cd $(VENV_CUDA) && bin/python -m adamal_kernels verify --backend cpu
 
+newest: $(VENV_NEWEST)/.built  ## Build, test and verify on the newest Python found (3.12 on) and the newest torch.
+	$(RUN_NEWEST)/pytest $(CORE_TESTS) -n logical --maxprocesses 4 --dist worksteal
+	cd $(VENV_NEWEST) && bin/python -m adamal_kernels verify
+
+newest-bench-check: $(VENV_NEWEST)/.built  ## As bench-check, there.
+	$(RUN_NEWEST)/python benchmarks/host_instructions.py
+
 gpu-check:  ## On a machine with an NVIDIA GPU: check and measure in nine minutes, with PYTHON's packages. GPU_CHECK_ARGS are passed on.
 	.ci/gpu-check $(GPU_CHECK_ARGS)
 
@@ -57,8 +76,8 @@ format: $(VENV)/.developing  ## Format the sources, and apply ruff's fixes.
 	$(RUN)/ruff format .
 	$(RUN)/clang-format -i $(wildcard csrc/* tests/native/*)
 
-clean:  ## Remove what was built, and both environments.
-	rm -rf build dist $(VENV) $(VENV_CUDA) adamal_kernels/_build.json adamal_kernels/*.so
+clean:  ## Remove what was built, and all environments.
+	rm -rf build dist $(VENV) $(VENV_CUDA) $(VENV_NEWEST) adamal_kernels/_build.json adamal_kernels/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # $(call make_venv,FOLDER). First looks for what would otherwise fail after gigabytes of downloads.
@@ -105,5 +124,18 @@ $(VENV_CUDA)/.installed: requirements-cuda.txt
 
 $(VENV_CUDA)/.built: $(VENV_CUDA)/.installed $(NATIVE) $(PACKAGE)
 	ADAMAL_BUILD=cuda $(RUN_CUDA)/python -m pip install -v --no-build-isolation --no-deps \
+	  --force-reinstall .
+	@touch $@
+
+$(VENV_NEWEST)/.installed: PYTHON = $(PYTHON_NEWEST)
+$(VENV_NEWEST)/.installed: requirements-newest.txt
+	@test -n "$(PYTHON)" || { echo >&2 "no Python 3.12 or newer with venv and headers was found on \
+	PATH or under pyenv: install one, or name it: make newest PYTHON_NEWEST=..."; exit 1; }
+	$(call make_venv,$(VENV_NEWEST))
+	$(RUN_NEWEST)/python -m pip install -r requirements-newest.txt
+	@touch $@
+
+$(VENV_NEWEST)/.built: $(VENV_NEWEST)/.installed $(NATIVE) $(PACKAGE)
+	ADAMAL_BUILD=cpu $(RUN_NEWEST)/python -m pip install -v --no-build-isolation --no-deps \
 	  --force-reinstall .
 	@touch $@

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .backends import BackendName
+    from .in_backward import InBackwardHandle
     from .optimizer import Adam, AdamAL, AdamALW, AdamW
-    from .projections import Box, L1Ball, L2Ball, NonNegative, Simplex
+    from .projections import Box, L1Ball, L2Ball, NonNegative, Projection, Simplex
     from .watch import ParameterStatistics, Watch
 
 __all__ = [
@@ -23,11 +25,14 @@ __all__ = [
     "AdamAL",
     "AdamALW",
     "AdamW",
+    "BackendName",
     "Box",
+    "InBackwardHandle",
     "L1Ball",
     "L2Ball",
     "NonNegative",
     "ParameterStatistics",
+    "Projection",
     "Simplex",
     "Watch",
     "__version__",
@@ -39,7 +44,7 @@ if not TYPE_CHECKING:
 
     def __getattr__(name):
         if name in __all__:
-            for module in ("optimizer", "projections", "watch"):
+            for module in ("optimizer", "projections", "watch", "in_backward", "backends"):
                 home = import_module(f".{module}", __name__)
                 if name in home.__all__:
                     return globals().setdefault(name, getattr(home, name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from . import compiled, in_backward
+from .backends import BackendName
 from .checkpoint import feed_back_maxima, merge_groups, merge_state, saved_group
 from .entries import check_parameter
 from .foreign_checkpoints import as_torch_adam
@@ -40,8 +41,10 @@ __all__ = ["Adam", "AdamAL", "AdamALW", "AdamW"]
 
 _NO_INPUTS = StepInputs()
 
+_Step = TypeVar("_Step", bound=Callable[..., Any])
 
-def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
+
+def _hooked(step: _Step) -> _Step:
     """Run step hooks and the profiler's record only where there are any.
 
     torch wraps every optimizer's ``step`` in both; the record alone takes as long as stepping
@@ -65,7 +68,7 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     # want to know of a step, which _opt_called tells them.
     hooked_step.hooked = True  # type: ignore[attr-defined]
     hooked_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    return hooked_step
+    return cast(_Step, hooked_step)
 
 
 def _check_is_eager(name: str) -> None:
@@ -87,7 +90,7 @@ class _AdamBase(Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        betas: Sequence[float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         amsgrad: bool = False,
@@ -100,7 +103,7 @@ class _AdamBase(Optimizer):
         decoupled_weight_decay: bool = False,
         bias_correction: bool = True,
         projection: Projection | None = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         max_grad_norm: float | None = None,
     ) -> None:
         defaults = {
@@ -425,7 +428,7 @@ class _Decoupled(_AdamBase):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        betas: Sequence[float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
@@ -437,7 +440,7 @@ class _Decoupled(_AdamBase):
         fused: bool | None = None,
         bias_correction: bool = True,
         projection: Projection | None = None,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         max_grad_norm: float | None = None,
     ) -> None:
         super().__init__(

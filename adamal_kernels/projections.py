@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -177,7 +177,6 @@ def _round_up(value: float, dtype: torch.dtype) -> float:
     return float(rounded.item())
 
 
-@dataclass(frozen=True)
 class CoupledSet(Projection):
     """A set that couples the elements of a row; use one of its subclasses.
 
@@ -196,8 +195,8 @@ class CoupledSet(Projection):
     A parameter that starts outside of the set is projected in its first step.
     """
 
-    if TYPE_CHECKING:
-        dim: int | tuple[int, ...] | None
+    # No dataclass, whose first field this would be: each set has its own, after its size.
+    dim: int | tuple[int, ...] | None
 
     kind: ClassVar[int]
     """The code in ``csrc/coupled_sets.h``."""

@@ -5,7 +5,8 @@
 
 Counts the instructions of one steady-state ``step()`` over 2000 tensors of 16 elements, the
 elements' own arithmetic included, on the cpu backend and one thread, with gradients that moved
-since the last step. Needs valgrind.
+since the last step. Each Python version has a record of its own, of the environment that ``make``
+gives it: ``make bench-check`` and ``make newest-bench-check``. Needs valgrind.
 """
 
 from __future__ import annotations
@@ -48,11 +49,20 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     found = {"instructions_a_tensor": count(), "environment": environment()}
+    records = json.loads(RECORD.read_text())
+    version = found["environment"]["python"].rpartition(".")[0]
     if chosen.record:
-        RECORD.write_text(json.dumps(found, indent=2) + "\n")
-        print(f"wrote {RECORD}: {found['instructions_a_tensor']}")
+        RECORD.write_text(json.dumps({**records, version: found}, indent=2) + "\n")
+        print(f"wrote {RECORD}, Python {version}: {found['instructions_a_tensor']}")
         return 0
-    lines, passed = compare(found, json.loads(RECORD.read_text()))
+    if version not in records:
+        print(
+            f"no record for Python {version}, only for {', '.join(records)}: --record on the code "
+            "before the change, then compare",
+            file=sys.stderr,
+        )
+        return 2
+    lines, passed = compare(found, records[version])
     print("\n".join(lines))
     return 0 if passed else 1
 

@@ -89,6 +89,7 @@ SteadyGroups::SteadyGroups(const py::list& groups, const std::vector<bool>& has_
     const auto params = py::reinterpret_borrow<py::list>(dict["params"]);
     Group& group = groups_.emplace_back();
     group.dict = dict;
+    group.version.watch(dict.ptr());
     for (const auto& [key, value] : dict) {
       group.items.push_back({py::reinterpret_borrow<py::object>(key),
                              py::reinterpret_borrow<py::object>(value), classify(key),

@@ -65,10 +65,13 @@ bool SteadyState::find_values(PyObject* state) {
   if (PyDict_GET_SIZE(state) != static_cast<Py_ssize_t>(state_.size())) return false;
   PyObject *key, *values;
   Py_ssize_t position = 0;
-  state_version_ = {};
+  state_version_.watch(state);
   for (size_t i = 0; PyDict_Next(state, &position, &key, &values); ++i) {
     if (key != state_[i].key) return false;
-    if (state_[i].member >= 0) values_[state_[i].member] = values;
+    const int64_t member = state_[i].member;
+    if (member < 0) continue;
+    values_[member] = values;
+    if (PyDict_CheckExact(values)) footprints_[member].version.watch(values);
   }
   state_version_.note(state);
   return true;
@@ -191,7 +194,7 @@ bool SteadyState::read_member(size_t index, TensorEntry* entry, const void** gra
 
 bool SteadyState::find_objects(size_t index, PyObject* values) {
   Footprint& footprint = footprints_[index];
-  footprint.version = {};
+  footprint.version.forget();
   unsigned missing = plans_[members_[index].plan].state_keys;
   PyObject *key, *value;
   Py_ssize_t position = 0;

@@ -141,7 +141,7 @@ void SteadyState::clear() {
   values_.clear();
   footprints_.clear();
   state_.clear();
-  state_version_ = {};
+  state_version_.forget();
   // Moved out first: what is released here may call back into Python.
   const auto specs = std::exchange(specs_, {});
   const auto plans = std::exchange(plans_, {});

@@ -21,9 +21,11 @@ def host_instructions() -> ModuleType:
     return module
 
 
-def test_more_instructions_than_recorded_are_a_failure() -> None:
+@pytest.mark.parametrize("version", ["3.11", "3.13"])
+def test_more_instructions_than_recorded_are_a_failure(version: str) -> None:
     guard = host_instructions()
-    recorded = json.loads(guard.RECORD.read_text())
+    recorded = json.loads(guard.RECORD.read_text())[version]
+    assert recorded["environment"]["python"].startswith(f"{version}.")
     assert recorded["instructions_a_tensor"].keys() == guard.CASES.keys()
 
     def found(factor: float) -> dict[str, Any]:
@@ -49,3 +51,14 @@ def test_bench_check_without_valgrind_says_so(
     monkeypatch.setenv("PATH", "/nowhere")
     assert guard.main([]) == 2
     assert "install valgrind" in capsys.readouterr().err
+
+
+def test_a_python_without_a_record_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guard = host_instructions()
+    monkeypatch.setattr(guard.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(guard, "count", dict)
+    monkeypatch.setattr(guard, "environment", lambda: {"python": "3.9.1"})
+    assert guard.main([]) == 2
+    assert "no record for Python 3.9" in capsys.readouterr().err

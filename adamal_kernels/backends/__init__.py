@@ -6,7 +6,7 @@ options, no environment. It is one module and one line in :data:`BACKENDS`.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ __all__ = [
     "BACKEND_NAMES",
     "FUSED",
     "Backend",
+    "BackendName",
     "automatic_order",
     "check_request",
     "pick",
@@ -70,7 +71,10 @@ BACKENDS: dict[str, Backend] = {
 FUSED = ("cuda", "triton", "cpu")
 """Backends that read and write every element once."""
 
-BACKEND_NAMES = ("auto", *BACKENDS)
+BackendName = Literal["auto", "cuda", "triton", "cpu", "foreach", "reference"]
+"""What ``backend=`` may be: "auto", or a key of :data:`BACKENDS`."""
+
+BACKEND_NAMES: tuple[str, ...] = get_args(BackendName)
 
 _AUTO = {"cuda": ("cuda", "triton", "foreach"), "cpu": ("cpu", "foreach")}
 _AUTO_ELSEWHERE = ("foreach",)
