@@ -207,7 +207,7 @@ class Plan:
 
         inputs = self._complete(inputs, buckets.values())
         factor: float | Tensor = 1.0
-        if not all(key.device_scalars for _, key in buckets):
+        if not buckets or not all(key.device_scalars for _, key in buckets):
             factor, skip = inputs.factor_on_host()
             if skip:
                 if inputs.skipped_steps is not None:
@@ -281,7 +281,8 @@ class Plan:
             sums = [backend.squared_norm(bucket) for backend, bucket in ordered]
             spreads = [bucket.key.spread for _, bucket in ordered]
             inputs = inputs._replace(grad_norm=self._norm_of(spreads, sums, inputs.grad_scale))
-        if inputs.may_skip and buckets:
+        # A process without a gradient counts what all those of its group skip.
+        if inputs.may_skip and (buckets or self.grad_norm_group is not None):
             devices = [b.key.device for _, b in buckets if b.key.device_scalars]
             counts = self.skipped_steps
             if counts is None:
