@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .distributed import is_sharded
+from .distributed import is_sharded, mark_like
 from .entries import MAX_MOMENT, MOMENTS, MULTIPLIER, prepare_state
 from .hyperparameters import StepInputs
 from .options import check_capturable
@@ -329,6 +329,7 @@ def _step_copies(optimizer: _AdamBase, given: Mapping[int, _Given], inputs: Step
             params.append(param)
             if of_param is None:
                 continue
+            mark_like(param, own)
             if of_param.grad.dtype != param.dtype:
                 param.grad_dtype = of_param.grad.dtype
             param.grad = of_param.grad

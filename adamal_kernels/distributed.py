@@ -1,4 +1,4 @@
-"""Tensors sharded over processes: the only file that names DTensor.
+"""Tensors sharded over processes: the only file that names DTensor, FSDP1 and ZeRO.
 
 The formula is elementwise, so a step of every process's own part is the step of the whole. Backends
 get those parts, which are plain tensors; the optimizer's users keep their DTensors.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,31 +19,46 @@ from .layout import empty_dense_like, same_layout
 from .projections import CoupledSet
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.optim import ZeroRedundancyOptimizer
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
 __all__ = [
+    "FLAT_SHARD",
+    "check_process_group",
     "check_sharded_gradient",
     "check_sharded_parameter",
     "check_sharded_state",
     "gradient_part",
     "has_own_placements",
+    "is_flat_shard",
+    "is_only_process",
     "is_sharded",
     "local_part",
+    "mark_like",
     "mesh_and_placements",
     "moment_like",
     "multiplier_like",
     "placed_as",
     "redistributed_part",
+    "reduce_found_inf",
     "reduce_squared_norms",
     "row_reducer",
     "sharded_class",
     "splits_rows",
+    "zero_redundancy_optimizer",
 ]
 
 # In which two tensors on one mesh have to agree for their parts to belong together.
 _PLACEMENTS = ("placements", "shard_order")
+
+# By which FSDP1 knows its flat parameters, and the original ones that are views of their shards.
+_FLAT_MARK = "_fsdp_flattened"
+
+FLAT_SHARD = "FSDP1 shard"
+"""Stands for mesh and placements of a parameter that FSDP1 sharded; it names no process group."""
 
 
 def _dtensor_class() -> type[DTensor] | None:
@@ -59,6 +74,28 @@ def is_sharded(tensor: Any) -> bool:
         False
     """
     return type(tensor) is _dtensor_class()
+
+
+def is_flat_shard(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is FSDP1's: a flat parameter, or a view of this process's shard of one.
+
+    Example:
+        >>> is_flat_shard(torch.zeros(2))
+        False
+    """
+    return bool(getattr(tensor, _FLAT_MARK, False))
+
+
+def is_only_process() -> bool:
+    """Whether the job is known to be of one process, which then has all of every tensor."""
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() == 1
+
+
+def mark_like(copy: Tensor, param: Tensor) -> None:
+    """Let a copy of a parameter count as FSDP1's where the parameter does."""
+    if is_flat_shard(param):
+        setattr(copy, _FLAT_MARK, True)
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -352,41 +389,48 @@ def placed_as(param: Tensor, value: Tensor, where: str) -> Tensor:
     return value.redistribute(param.device_mesh, param.placements)
 
 
-def mesh_and_placements(tensor: Tensor) -> tuple[DeviceMesh, tuple[Placement, ...]] | None:
+def mesh_and_placements(
+    tensor: Tensor,
+) -> tuple[DeviceMesh, tuple[Placement, ...]] | Literal["FSDP1 shard"] | None:
     """Return how a tensor is spread over processes, as :func:`reduce_squared_norms` takes it.
 
     Returns:
-        A DTensor's mesh and placements; None for any other tensor.
+        A DTensor's mesh and placements; :data:`FLAT_SHARD` for what FSDP1 sharded; None for any
+        other tensor.
 
     Example:
         >>> mesh_and_placements(torch.zeros(2)) is None
         True
     """
-    return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
+    if is_sharded(tensor):
+        return tensor.device_mesh, tensor.placements
+    return FLAT_SHARD if is_flat_shard(tensor) else None
 
 
-def reduce_squared_norms(
-    sums: Mapping[tuple[DeviceMesh, tuple[Placement, ...]] | None, Tensor],
-) -> Tensor:
+def reduce_squared_norms(sums: Mapping[Any, Tensor], group: ProcessGroup | None = None) -> Tensor:
     """Return the sum of squares of whole tensors from those of each process's own parts.
 
     Each sum is all-reduced over the mesh dimensions on which its tensors are sharded, and not over
-    those on which they are replicated, where every process has the same one. Sums that are
-    reduced over the same dimensions of the same mesh share a collective. There is no
-    synchronisation with the host but that of the collectives: with NCCL none.
+    those on which they are replicated, where every process has the same one. The sum of tensors
+    that no mesh tells of is all-reduced over ``group``. Sums that are reduced over the same
+    dimensions of the same mesh share a collective. There is no synchronisation with the host but
+    that of the collectives: with NCCL none.
 
     A collective: all processes of a mesh have to pass the same keys in one order, zero being the
-    sum of parts without elements. Meshes that this process is not of are left to those that are.
+    sum of parts without elements; all of ``group`` have to take part, with or without a sum.
+    Meshes that this process is not of are left to those that are.
 
     Args:
         sums: by :func:`mesh_and_placements` of the tensors, the sum of the squares of the elements
             of this process's parts: float64 tensors without dimensions, all on one device, which
-            are left as they are. The sum of tensors that are no DTensors, under the key None, is
-            taken to be whole.
+            are left as they are. Where there are shards of FSDP1, the sum of other tensors that
+            are no DTensors, under the key None, is taken to be whole.
+        group: the processes over which FSDP1 shards, or else over which tensors that are no
+            DTensors are partitioned. None: every process has them whole.
 
     Returns:
         A new float64 tensor without dimensions on the same device, with the same bits on all
-        processes of the meshes; a zero on the CPU if there are no sums.
+        processes of the meshes and the group; a zero on the CPU if there are no sums.
 
     Raises:
         ValueError: a placement is Partial (the square of a sum is not the sum of the squares of
@@ -397,27 +441,104 @@ def reduce_squared_norms(
         >>> reduce_squared_norms({None: torch.tensor(25.0, dtype=torch.float64)})
         tensor(25., dtype=torch.float64)
     """
-    totals: dict[Any, Tensor] = {}
     device = next(iter(sums.values())).device if sums else torch.device("cpu")
+    whole = torch.zeros((), dtype=torch.float64, device=device)
+    totals: dict[Any, Tensor] = {} if group is None else {group: whole}
+    partitioned = FLAT_SHARD if FLAT_SHARD in sums else None
     for key, value in sums.items():
         if value.dtype != torch.float64 or value.dim() != 0 or value.device != device:
             raise ValueError(
                 f"sums[{key}] must be a float64 tensor without dimensions on {device}, got "
                 f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
             )
-        reduced_over = None if key is None else (key[0], _sharded_dims(*key))
+        if isinstance(key, tuple):
+            reduced_over: Any = key[0], _sharded_dims(*key)
+        else:
+            reduced_over = group if key == partitioned else None
         totals[reduced_over] = totals[reduced_over] + value if reduced_over in totals else value
-    whole = torch.zeros((), dtype=torch.float64, device=device)
     for reduced_over, total in totals.items():
-        if reduced_over is not None:
+        if isinstance(reduced_over, tuple):
             mesh, dims = reduced_over
             if mesh.get_coordinate() is None:
                 continue
-            total = total.clone()
-            for dim in dims:
-                torch.distributed.all_reduce(total, group=mesh.get_group(dim))
+            total = _all_reduced(total, [mesh.get_group(dim) for dim in dims])
+        elif reduced_over is not None:
+            total = _all_reduced(total, [reduced_over])
         whole = whole + total
     return whole
+
+
+def _all_reduced(value: Tensor, groups: Iterable[ProcessGroup], op: Any = None) -> Tensor:
+    """Return a number reduced over one group after the other: the sum, if ``op`` is not given."""
+    dist = torch.distributed
+    found = value.clone()
+    for group in groups:
+        # NCCL takes no number of the host, where a process without gradients has its zero.
+        if found.is_cpu and dist.get_backend(group) == "nccl":
+            found = found.cuda()
+        dist.all_reduce(found, op=dist.ReduceOp.SUM if op is None else op, group=group)
+    return found.to(value.device)
+
+
+def reduce_found_inf(found_inf: Tensor, params: Iterable[Tensor]) -> Tensor:
+    """Return a GradScaler's ``found_inf``, the same on all processes that share a DTensor.
+
+    A collective of the parameters' meshes; without a DTensor among them, none.
+
+    Args:
+        found_inf: of one element: not 0 where a gradient of this process was not finite.
+        params: all parameters of the optimizer, with a gradient or without.
+
+    Returns:
+        Float32, 1 where it is not 0 on any process and 0 elsewhere; ``found_inf`` itself if no
+        parameter is a DTensor.
+
+    Example:
+        >>> reduce_found_inf(torch.tensor(1.0), [torch.zeros(2)])
+        tensor(1.)
+    """
+    meshes = dict.fromkeys(param.device_mesh for param in params if is_sharded(param))
+    if not meshes:
+        return found_inf
+    # As 0 and 1: of NaN, which counts too, there is no maximum.
+    found = (found_inf.detach() != 0).float()
+    for mesh in meshes:
+        if mesh.get_coordinate() is not None:
+            groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+            found = _all_reduced(found, groups, torch.distributed.ReduceOp.MAX)
+    return found
+
+
+def check_process_group(group: Any, name: str) -> None:
+    """Check that ``group`` is a process group, and this process one of it.
+
+    Raises:
+        TypeError: it is not: another object, or what ``new_group`` returns to the others.
+    """
+    dist = torch.distributed
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{name} must be a process group that this process is of, such as "
+            f"torch.distributed.group.WORLD or mesh.get_group(), or None; got {group!r}"
+        )
+
+
+def zero_redundancy_optimizer() -> ZeroRedundancyOptimizer | None:
+    """Return the ``ZeroRedundancyOptimizer`` that is making an optimizer of its own part now.
+
+    It tells that optimizer nothing, so the callers are asked.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None:
+        return None
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals is vars(module):
+            found = frame.f_locals.get("self")
+            if isinstance(found, module.ZeroRedundancyOptimizer):
+                return found
+        frame = frame.f_back
+    return None
 
 
 def _sharded_dims(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> tuple[int, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.optim.optimizer import (
 from . import compiled, in_backward
 from .backends import BackendName
 from .checkpoint import feed_back_maxima, merge_groups, merge_state, saved_group
+from .distributed import check_process_group, is_flat_shard, zero_redundancy_optimizer
 from .entries import check_parameter
 from .foreign_checkpoints import as_torch_adam
 from .hyperparameters import StepInputs
@@ -36,6 +38,10 @@ from .plan import Plan
 from .projections import Projection
 from .watch import Watch
 from .watch_records import WatchRecords
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 __all__ = ["Adam", "AdamAL", "AdamALW", "AdamW"]
 
@@ -83,8 +89,7 @@ class _AdamBase(Optimizer):
     _monotone: ClassVar[bool]
     _in_backward: Sequence[StepperInBackward] = ()
     _records: WatchRecords | None = None
-    # Tells torch.amp.GradScaler that step() unscales, and skips, by itself.
-    _step_supports_amp_scaling = True
+    _zero: weakref.ref[ZeroRedundancyOptimizer] | None = None
 
     def __init__(
         self,
@@ -105,6 +110,7 @@ class _AdamBase(Optimizer):
         projection: Projection | None = None,
         backend: BackendName = "auto",
         max_grad_norm: float | None = None,
+        grad_norm_group: ProcessGroup | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -125,6 +131,11 @@ class _AdamBase(Optimizer):
         self._plan = Plan()
         self._handle = compiled.new_handle(self)
         self.max_grad_norm = max_grad_norm
+        self.grad_norm_group = grad_norm_group
+        zero = zero_redundancy_optimizer()
+        if zero is not None:
+            self._zero = weakref.ref(zero)
+            self._plan.grad_norm_group = zero.process_group
         check_betas_of_one_kind(betas)
         check_options(defaults, optimizer=type(self).__name__, monotone=self._monotone)
         super().__init__(params, defaults)
@@ -143,12 +154,6 @@ class _AdamBase(Optimizer):
                 type, cannot be used; the group is not added then.
             RuntimeError: the group's named backend cannot run on a parameter's device.
         """
-        if isinstance(param_group, dict) and "max_grad_norm" in param_group:
-            raise ValueError(
-                f"max_grad_norm={param_group['max_grad_norm']!r} in a param group: the norm is "
-                "that of all groups together; pass it to the constructor, or set "
-                "optimizer.max_grad_norm"
-            )
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         try:
@@ -217,8 +222,8 @@ class _AdamBase(Optimizer):
 
         Raises:
             RuntimeError: with ``max_grad_norm``, a GradScaler or ``differentiable``, here or from
-                ``backward()`` if set later. A scaler shows only when it steps: by then its first
-                gradients have been taken, scaled.
+                ``backward()`` if set later. A scaler shows only at ``scaler.step()``: by then its
+                first gradients have been taken, scaled.
             ValueError: a parameter is stepped in backward already, or not the optimizer's, or
                 ``model`` contains a ``DistributedDataParallel``, which averages gradients later.
 
@@ -281,8 +286,14 @@ class _AdamBase(Optimizer):
         # torch.amp.GradScaler sets both before it calls step(), and takes them away again.
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        if grad_scale is None and found_inf is None and self._max_grad_norm is None:
+        max_grad_norm = self._plan.max_grad_norm
+        if self._zero is not None:
+            self._check_zero_holds_no_norm()
+        if grad_scale is None and found_inf is None and max_grad_norm is None:
             return _NO_INPUTS
+        if type(found_inf) is int and found_inf == 0:
+            # The scaler's sum over the devices of gradients, where there are none.
+            found_inf = None
         for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
             if value is not None and (not isinstance(value, Tensor) or value.numel() != 1):
                 raise TypeError(
@@ -292,7 +303,31 @@ class _AdamBase(Optimizer):
         return StepInputs(
             grad_scale,
             found_inf,
-            max_grad_norm=math.inf if self._max_grad_norm is None else self._max_grad_norm,
+            max_grad_norm=math.inf if max_grad_norm is None else max_grad_norm,
+        )
+
+    def _check_zero_holds_no_norm(self) -> None:
+        """Refuse what was set on a ZeroRedundancyOptimizer, which hands nothing on."""
+        zero = None if self._zero is None else self._zero()
+        for name in ("max_grad_norm", "grad_norm_group"):
+            if name in getattr(zero, "__dict__", ()):
+                raise RuntimeError(
+                    f"{name} is set on the ZeroRedundancyOptimizer, which hands only param groups "
+                    f"on; delete it there and set zero.optim.{name}"
+                )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler asks: whether to leave unscaling, and skipping, to the step.
+
+        As torch has it, to who asked for it by ``fused=True``. FSDP1's ShardedGradScaler, which
+        alone knows of its processes, reduces what it found only where it unscales. A step in
+        backward refuses a scaler, so it has to be told.
+        """
+        if self._in_backward:
+            return True
+        return bool(self.defaults["fused"]) and not any(
+            is_flat_shard(param) for group in self.param_groups for param in group["params"]
         )
 
     @property
@@ -302,11 +337,30 @@ class _AdamBase(Optimizer):
         Raises:
             TypeError, ValueError: set to what is not a positive finite number.
         """
-        return self._max_grad_norm
+        return self._plan.max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        self._max_grad_norm = None if value is None else check_max_grad_norm(value)
+        self._plan.max_grad_norm = None if value is None else check_max_grad_norm(value)
+
+    @property
+    def grad_norm_group(self) -> ProcessGroup | None:
+        """The process group over which parameters are partitioned that are no DTensors.
+
+        None: every process has them whole, as under ``DistributedDataParallel``. A copy, and what
+        is pickled, has to be given it anew.
+
+        Raises:
+            TypeError: set to what is no process group of this process.
+        """
+        return self._plan.grad_norm_group
+
+    @grad_norm_group.setter
+    def grad_norm_group(self, value: ProcessGroup | None) -> None:
+        if value is not None:
+            check_process_group(value, "grad_norm_group")
+        self._plan.grad_norm_group = value
+        self._plan.lacks_group = False
 
     @property
     def last_grad_norm(self) -> Tensor | None:
@@ -320,9 +374,10 @@ class _AdamBase(Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps were skipped because a gradient, or their norm, was not finite.
+        """How many steps skipped themselves because a gradient, or their norm, was not finite.
 
-        An int64 scalar, where counts are on a device, on that device and not waited for.
+        An int64 scalar, where counts are on a device, on that device and not waited for. A step
+        that a GradScaler does not call, as it does not without ``fused=True``, is not counted.
         """
         _check_is_eager("skipped_steps")
         if self._plan.skipped_steps is None:
@@ -389,25 +444,26 @@ class _AdamBase(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over pickled or loaded groups and state, with a plan that has bound nothing."""
         state = dict(state)
-        skipped_steps = state.pop("skipped_steps", None)
-        stepped_apart: set[Tensor] = set()
+        plan = Plan()
         if "_plan" in self.__dict__:
-            skipped_steps = self._plan.skipped_steps
-            stepped_apart = self._plan.stepped_apart
+            plan.take_over(self._plan)
+        else:
+            plan.skipped_steps = state.pop("skipped_steps", None)
+            plan.max_grad_norm = state.pop("_max_grad_norm", None)
+            plan.lacks_group = state.pop("_lacks_group", False)
         super().__setstate__(state)
-        self._plan = Plan()
+        self._plan = plan
         if self._records is not None:
             self._records.clear()
         if "_handle" not in self.__dict__:
             self._handle = compiled.new_handle(self)
-        self._plan.skipped_steps = skipped_steps
-        self._plan.stepped_apart = stepped_apart
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds: torch's, and what is no param group's."""
         return {
             **super().__getstate__(),
-            "_max_grad_norm": self._max_grad_norm,
+            "_max_grad_norm": self._plan.max_grad_norm,
+            "_lacks_group": self._plan.lacks_group or self._plan.grad_norm_group is not None,
             "skipped_steps": self._plan.skipped_steps,
         }
 
@@ -442,6 +498,7 @@ class _Decoupled(_AdamBase):
         projection: Projection | None = None,
         backend: BackendName = "auto",
         max_grad_norm: float | None = None,
+        grad_norm_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -460,6 +517,7 @@ class _Decoupled(_AdamBase):
             projection=projection,
             backend=backend,
             max_grad_norm=max_grad_norm,
+            grad_norm_group=grad_norm_group,
         )
 
 
@@ -483,7 +541,8 @@ class AdamAL(_AdamBase):
     moments and ``eps`` are all zero the paper divides 0 by 0, and here the parameter stays.
 
     The arguments up to ``decoupled_weight_decay`` are those of :class:`torch.optim.Adam`, in its
-    order. Every option but ``max_grad_norm`` may differ from group to group.
+    order. Every option but ``max_grad_norm`` and ``grad_norm_group`` may differ from group to
+    group.
 
     Args:
         params: parameters, named parameters or param groups, as for every torch optimizer. Types
@@ -506,8 +565,9 @@ class AdamAL(_AdamBase):
             too, to the same bits. Default: False.
         differentiable: let autograd differentiate through the step; only
             ``backend="reference"``, which ``"auto"`` then takes. Default: False.
-        fused: True demands a fused backend (cuda, triton or cpu); False together with
-            ``foreach=False`` means ``backend="reference"``. Default: None.
+        fused: True demands a fused backend (cuda, triton or cpu), and lets the step unscale for a
+            GradScaler, as in torch (see below); False together with ``foreach=False`` means
+            ``backend="reference"``. Default: None.
         decoupled_weight_decay: multiply ``p`` by ``1 - lr * weight_decay`` instead of adding to
             the gradient. Default: False.
         bias_correction: divide the moments by ``1 - beta**t``. Default: True.
@@ -523,8 +583,15 @@ class AdamAL(_AdamBase):
         max_grad_norm: the norm of all gradients together, ``> 0``, that they are clipped to inside
             the step, as :func:`torch.nn.utils.clip_grad_norm_` does before it; gradients stay as
             they are. A step whose norm is not finite is skipped whole: ``v`` never forgets a
-            spike. It is no option of a group and not part of a checkpoint. See
-            :attr:`last_grad_norm` and :attr:`skipped_steps`. Default: None, no clipping.
+            spike. It is no option of a group and not part of a checkpoint. Of DTensors it is the
+            norm of the whole. See :attr:`last_grad_norm` and :attr:`skipped_steps`. Default: None,
+            no clipping.
+        grad_norm_group: the process group over which parameters that are no DTensors are
+            partitioned, so that their norm is that of all processes' parts: the one that FSDP1
+            shards over, without which ``max_grad_norm`` is refused there. The group of a
+            ``ZeroRedundancyOptimizer`` is taken by itself. Where FSDP1 shards some parameters, the
+            others count as whole. Default: None: every process has them whole, as under
+            ``DistributedDataParallel``.
 
     State per parameter: ``step`` (float32 scalar, on the CPU unless the step's scalars are derived
     on the device), ``exp_avg`` and ``exp_avg_sq`` (float64 for float64 parameters, else float32;
@@ -532,8 +599,13 @@ class AdamAL(_AdamBase):
     DTensor each process steps its own part. Parameters in a ball or a simplex have ``multiplier``
     besides: float64, one number a row, from which the next projection starts.
 
-    :class:`torch.amp.GradScaler` leaves unscaling, and skipping steps with infinite gradients, to
-    the step itself.
+    :class:`torch.amp.GradScaler` unscales the gradients before the step and skips the step where
+    one is not finite: gradients can be clipped and logged in between, and trainers see what was
+    skipped. It costs one more read and write of the gradients and a wait for the device. With the
+    constructor's ``fused=True``, as with torch's fused Adam, it leaves both to the step: what the
+    scaler found infinite is then the same on all processes of a DTensor's mesh, gradients stay
+    scaled, and a skipped step is counted by :attr:`skipped_steps` and seen by no trainer. FSDP1's
+    ``ShardedGradScaler`` unscales in any case.
 
     ``step()`` can be part of a function that ``torch.compile(fullgraph=True)`` compiles, or be
     compiled itself: :mod:`adamal_kernels.compiled`.
@@ -562,7 +634,8 @@ class AdamALW(_Decoupled, AdamAL):
 
     Args:
         params, lr, betas, eps, amsgrad, maximize, foreach, capturable, differentiable, fused,
-            bias_correction, projection, backend, max_grad_norm: see :class:`AdamAL`.
+            bias_correction, projection, backend, max_grad_norm, grad_norm_group: see
+            :class:`AdamAL`.
         weight_decay: ``p`` is multiplied by ``1 - lr * weight_decay``, ``>= 0``. Default: 1e-2.
 
     Example:
@@ -586,8 +659,8 @@ class Adam(_AdamBase):
 
     Args:
         params, lr, betas, eps, weight_decay, foreach, maximize, capturable, differentiable, fused,
-            decoupled_weight_decay, bias_correction, projection, backend, max_grad_norm: see
-            :class:`AdamAL`.
+            decoupled_weight_decay, bias_correction, projection, backend, max_grad_norm,
+            grad_norm_group: see :class:`AdamAL`.
         amsgrad: divide by the largest ``v`` so far, kept in a third buffer
             ``max_exp_avg_sq`` (Reddi et al.; equation 16 of the paper). Default: False.
 
@@ -610,7 +683,8 @@ class AdamW(_Decoupled, Adam):
 
     Args:
         params, lr, betas, eps, weight_decay, maximize, foreach, capturable, differentiable, fused,
-            bias_correction, projection, backend, max_grad_norm: see :class:`AdamALW`.
+            bias_correction, projection, backend, max_grad_norm, grad_norm_group: see
+            :class:`AdamALW`.
         amsgrad: see :class:`Adam`.
 
     Example:

@@ -98,6 +98,13 @@ def check_options(options: dict[str, Any], *, optimizer: str, monotone: bool) ->
             f"a param group of {optimizer} has no {missing[0]!r}; set it, or add the group with "
             "add_param_group, which sets the defaults"
         )
+    for name in ("max_grad_norm", "grad_norm_group"):
+        if name in options:
+            raise ValueError(
+                f"{name}={options[name]!r} in a param group: the norm is that of all groups "
+                f"together; pass it to the constructor, or set optimizer.{name} (zero.optim.{name} "
+                "of a ZeroRedundancyOptimizer, which would make group options of its arguments)"
+            )
     eager_foreach = options["foreach"] and not options["capturable"]
     _check_scalar(options["lr"], "lr", "learning rate", eager_foreach, *_NONNEGATIVE)
     betas = options["betas"]

@@ -16,10 +16,13 @@ from .backends.planned import PlannedBackend
 from .bucket import Bucket, BucketKey, DeviceScalars, SecondMoment
 from .coupled import CoupledRows, coupled_rows
 from .distributed import (
+    FLAT_SHARD,
+    is_only_process,
     is_sharded,
     local_part,
     mesh_and_placements,
     redistributed_part,
+    reduce_found_inf,
     reduce_squared_norms,
 )
 from .entries import (
@@ -79,6 +82,20 @@ class Plan:
         """How many steps were skipped, int64; None before the first that could be."""
         self.stepped_apart: set[Tensor] = set()
         """Parameters that another plan steps, unless this one finds a gradient."""
+        self.max_grad_norm: float | None = None
+        """The optimizer's. Here, because wrappers hand this object on, and not what is set."""
+        self.grad_norm_group: Any | None = None
+        """The process group over which plain parameters are partitioned; None: they are whole."""
+        self.lacks_group = False
+        """Whether this is a copy, to which no process group goes, of what had one."""
+
+    def take_over(self, other: Plan) -> None:
+        """Take over what was set and counted on the plan that this one replaces."""
+        self.skipped_steps = other.skipped_steps
+        self.stepped_apart = other.stepped_apart
+        self.max_grad_norm = other.max_grad_norm
+        self.grad_norm_group = other.grad_norm_group
+        self.lacks_group = other.lacks_group
 
     def step(
         self,
@@ -109,6 +126,10 @@ class Plan:
         if repeats and records is not self._records:
             self._steady_state = None
         self._records = records
+        if inputs.found_inf is not None:
+            # A collective: before anything that may differ between processes.
+            params = (param for group in param_groups for param in group["params"])
+            inputs = inputs._replace(found_inf=reduce_found_inf(inputs.found_inf, params))
         if repeats and self._steady_state is not None:
             if self.skipped_steps is not None:
                 inputs = inputs._replace(skipped_steps=self.skipped_steps)
@@ -186,7 +207,7 @@ class Plan:
 
         inputs = self._complete(inputs, buckets.values())
         factor: float | Tensor = 1.0
-        if not all(key.device_scalars for _, key in buckets):
+        if not buckets or not all(key.device_scalars for _, key in buckets):
             factor, skip = inputs.factor_on_host()
             if skip:
                 if inputs.skipped_steps is not None:
@@ -260,7 +281,8 @@ class Plan:
             sums = [backend.squared_norm(bucket) for backend, bucket in ordered]
             spreads = [bucket.key.spread for _, bucket in ordered]
             inputs = inputs._replace(grad_norm=self._norm_of(spreads, sums, inputs.grad_scale))
-        if inputs.may_skip and buckets:
+        # A process without a gradient counts what all those of its group skip.
+        if inputs.may_skip and (buckets or self.grad_norm_group is not None):
             devices = [b.key.device for _, b in buckets if b.key.device_scalars]
             counts = self.skipped_steps
             if counts is None:
@@ -276,20 +298,43 @@ class Plan:
     def _norm_of(
         self, spreads: Sequence[Any], sums: Sequence[Tensor], grad_scale: Tensor | None
     ) -> Tensor:
-        """Return the unscaled norm on the first device, from each bucket's sum of squares."""
+        """Return the unscaled norm on the first device, from each bucket's sum of squares.
+
+        Raises:
+            RuntimeError: only a process group that is not named would tell of all gradients.
+        """
         total = ordered_sum(sums)
-        if any(spread is not None for spread in self._spreads):
+        group = self.grad_norm_group
+        if group is None:
+            self._check_sums_are_whole()
+        if group is not None or any(spread is not None for spread in self._spreads):
             # Every process takes part in every sum, whichever gradients it has.
             parts = dict.fromkeys(self._spreads, torch.zeros_like(total))
             for spread, value in zip(spreads, sums, strict=True):
                 parts[spread] = parts[spread] + move_scalar(value, total.device)
-            total = reduce_squared_norms(parts)
+            total = reduce_squared_norms(parts, group)
         norm = rounded_sqrt(total)
         if grad_scale is not None:
             scale = move_scalar(grad_scale.detach().double().reshape(()), norm.device)
             norm = norm * scale.reciprocal()
         self.grad_norm = norm.detach()
         return norm
+
+    def _check_sums_are_whole(self) -> None:
+        """Raise where this process's sums of squares are parts, and those of whom is not known."""
+        if self.lacks_group:
+            raise RuntimeError(
+                "max_grad_norm: this optimizer is a copy, or was pickled, and process groups are "
+                "not copied; set optimizer.grad_norm_group to the one over which its parameters "
+                "are partitioned, or to None where every process has them whole"
+            )
+        if FLAT_SHARD in self._spreads and not is_only_process():
+            raise RuntimeError(
+                "max_grad_norm: parameters are FSDP1's shards, which do not tell of their process "
+                "group; set optimizer.grad_norm_group to the one over which FSDP shards them, such "
+                "as torch.distributed.group.WORLD, or max_grad_norm to None and call "
+                "model.clip_grad_norm_() before the step"
+            )
 
     def _bind(
         self,

@@ -54,6 +54,11 @@ def name_of(dtypes: DtypePair) -> str:
     return "-".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
+def unscaling(cls: type[Optimizer]) -> type[Optimizer]:
+    """Return ``cls`` whose step unscales for a GradScaler on every backend, as with fused=True."""
+    return type(cls.__name__, (cls,), {"_step_supports_amp_scaling": True})
+
+
 @contextmanager
 def refused(optimizer: Optimizer, error: type[Exception], *words: str) -> Iterator[None]:
     """Check that the body raises ``error`` with all ``words``, the optimizer left as it was."""

@@ -1,24 +1,33 @@
-"""Mixed precision: torch.amp.GradScaler leaves unscaling and skipping to the step itself."""
+"""Mixed precision: torch.amp.GradScaler unscales and skips, or leaves both to the step itself.
+
+The tests up to TestTheScalerDecides are of steps that unscale, of every backend.
+"""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from support import Place, name_of
+from support import Place, name_of, unscaling
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 
-from adamal_kernels import Adam, AdamAL, AdamALW, AdamW, Box
+import adamal_kernels
+from adamal_kernels import Box
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
 from adamal_kernels.verify import different_values, same_bits
 
+Adam, AdamAL, AdamALW, AdamW = (
+    unscaling(getattr(adamal_kernels, name)) for name in ("Adam", "AdamAL", "AdamALW", "AdamW")
+)
 STEPS = 12
 # A step's gradients are infinite: in the first, that has no state yet, in two running, and where
 # nothing is checked in Python any more.
@@ -274,3 +283,97 @@ def test_a_scale_set_by_hand(place: Place) -> None:
     optimizer.step()
     assert optimizer.skipped_steps.item() == 1
     assert different_values(values_of(optimizer, ours), values_of(reference, theirs)) == []
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamAL", "AdamALW", "AdamW"])
+class TestTheScalerDecides:
+    """Without ``fused=True``, as with torch's default Adam."""
+
+    def test_it_unscales_and_skips(self, place: Place, name: str) -> None:
+        cls = getattr(adamal_kernels, name)
+        ours, theirs, singles = new_params(), new_params(), new_params()
+        optimizer = cls(ours, lr=0.05, backend=place.backend)
+        twin = torch.optim.Adam(theirs, lr=0.05, foreach=False)
+        reference = cls(singles, lr=0.05, backend="reference")
+        scalers = [new_scaler(), new_scaler()]
+        calls = []
+        optimizer.register_step_pre_hook(lambda *_: calls.append(step))
+        for step in range(STEPS):
+            train(scalers[0], optimizer, ours, step)
+            train(scalers[1], twin, theirs, step)
+            assert scalers[0].state_dict() == scalers[1].state_dict()
+            assert all(same_bits(p.grad, q.grad) for p, q in zip(ours, theirs, strict=True))
+            if step not in INFINITE:
+                reference.zero_grad()
+                loss_of(singles, step).backward()
+                reference.step()
+            different = different_values(values_of(optimizer, ours), values_of(reference, singles))
+            assert different == []
+        assert calls == [step for step in range(STEPS) if step not in INFINITE]
+        assert optimizer.skipped_steps.item() == 0
+
+    def test_gradients_are_clipped_and_logged_in_between(self, place: Place, name: str) -> None:
+        ours, theirs = new_params(), new_params()
+        optimizer = getattr(adamal_kernels, name)(ours, backend=place.backend)
+        scaler, twin = new_scaler(), torch.optim.Adam(theirs)
+        for step in (1, 2, 3):
+            for both, params in ((optimizer, ours), (twin, theirs)):
+                both.zero_grad()
+                (
+                    scaler.scale(loss_of(params, step))
+                    if both is optimizer
+                    else loss_of(params, step)
+                ).backward()
+            scaler.unscale_(optimizer)
+            assert same_bits(clip_grad_norm_(ours, 1.0), clip_grad_norm_(theirs, 1.0))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.max_grad_norm = 2.0
+        assert optimizer.last_grad_norm is not None
+        assert abs(optimizer.last_grad_norm.item() - 1) < 1e-5
+
+
+class TestWhoUnscales:
+    """What the scaler, and trainers around it, ask."""
+
+    @staticmethod
+    def unscales(optimizer: Any) -> bool:
+        return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+    def test_fused_as_in_torch(self) -> None:
+        """The constructor's; a named backend asks for nothing."""
+        for cls in (adamal_kernels.AdamAL, torch.optim.Adam):
+            assert self.unscales(cls(new_params(), fused=True)) is True
+            for fused in (None, False):
+                optimizer = cls(new_params(), fused=fused)
+                optimizer.add_param_group({"params": new_params(), "fused": True})
+                assert self.unscales(optimizer) is False
+        assert self.unscales(adamal_kernels.AdamAL(new_params(), backend="cpu")) is False
+
+    @pytest.mark.parametrize("fused", [True, None])
+    def test_copies_and_checkpoints(self, fused: bool | None) -> None:
+        """A copy unscales as what was copied; a checkpoint changes nothing."""
+        optimizer = adamal_kernels.AdamAL(new_params(), fused=fused)
+        for found in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+            assert self.unscales(found) is bool(fused)
+        optimizer.load_state_dict(torch.optim.Adam(new_params(), fused=not fused).state_dict())
+        assert self.unscales(optimizer) is bool(fused)
+
+    def test_in_backward_a_scaler_is_told_to_ask_the_step(self) -> None:
+        """Which refuses it: some gradients are gone, and were taken scaled."""
+        optimizer = adamal_kernels.AdamAL(new_params())
+        with optimizer.step_in_backward():
+            assert self.unscales(optimizer) is True
+        assert self.unscales(optimizer) is False
+
+    def test_without_gradients_there_is_nothing_to_step(self) -> None:
+        used, unused = new_params(), new_params()
+        scaler = new_scaler()
+        first, second = (adamal_kernels.AdamAL(p, fused=True) for p in (used, unused))
+        for count in (1, 2):
+            scaler.scale(loss_of(used, count)).backward()
+            scaler.step(first)
+            scaler.step(second)
+            scaler.update()
+            assert {held["step"].item() for held in first.state.values()} == {count}
+        assert len(second.state) == second.skipped_steps.item() == 0

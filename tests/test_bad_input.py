@@ -386,12 +386,25 @@ def test_betas_of_both_kinds_are_refused_where_torch_does(betas: Any) -> None:
         AdamAL([nn.Parameter(torch.ones(2))], betas=betas)
 
 
+@pytest.mark.parametrize("value", [object(), "WORLD", 0], ids=str)
+def test_what_is_no_process_group(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"grad_norm_group must be a process group.*WORLD"):
+        AdamAL([nn.Parameter(torch.ones(2))], grad_norm_group=value)
+    optimizer, _ = started()
+    with refused(optimizer, TypeError, "grad_norm_group", repr(value)):
+        optimizer.grad_norm_group = value
+    assert optimizer.grad_norm_group is None
+
+
 def test_max_grad_norm_of_a_group() -> None:
     optimizer, _ = started()
     with refused(optimizer, ValueError, "max_grad_norm=1.0", "all groups", "constructor"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "max_grad_norm": 1.0})
     with pytest.raises(ValueError, match=r"max_grad_norm=2\.0 in a param group"):
         AdamAL([{"params": [nn.Parameter(torch.ones(2))], "max_grad_norm": 2.0}])
+    optimizer.param_groups[1]["max_grad_norm"] = 1.0
+    with refused(optimizer, ValueError, "max_grad_norm=1.0", "param group"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("name", ["grad_scale", "found_inf"])

@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-import coupled_distributed_cases
+import amp_distributed_cases
 import pytest
 import torch
 import torch.distributed as dist
@@ -42,9 +42,7 @@ def outcomes_of(size: int, folder: Path) -> Outcomes:
 def run_world(size: int, folder: Path) -> Outcomes:
     """Run all cases in a world of its own; return what each raised on each rank."""
     ranks = [
-        CONTEXT.Process(
-            target=coupled_distributed_cases.run, args=(rank, size, folder), daemon=True
-        )
+        CONTEXT.Process(target=amp_distributed_cases.run, args=(rank, size, folder), daemon=True)
         for rank in range(size)
     ]
     for rank in ranks:

@@ -169,6 +169,88 @@ class TestTrainer:
         assert {values["step"].item() for values in found.optimizer.state.values()} == {STEPS}
 
 
+class TestMixedPrecision:
+    """The scaler's or the trainer's, as with torch's optimizers."""
+
+    @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+    @pytest.mark.parametrize("cls", [Adam, AdamW])
+    def test_lightning_clips_and_logs(self, tmp_path: Path, cls: type, precision: Any) -> None:
+        made = example("lightning_trainer", "lightning")
+        from lightning.pytorch.plugins import MixedPrecision
+
+        class Logged(made.Squares):
+            def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+                grads = [p.grad for p in self.parameters()]
+                self.norms.append(torch.nn.utils.get_total_norm(grads))
+
+        found = []
+        for each in (cls, getattr(torch.optim, cls.__name__)):
+            # Of which the first step overflows.
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**17)
+            plugin = MixedPrecision(precision, "cpu", scaler if precision == "16-mixed" else None)
+            module = Logged(each, STEPS)
+            module.norms = []
+            made.make_trainer(tmp_path, STEPS, plugins=[plugin]).fit(module)
+            found.append((module, scaler.get_scale()))
+        (ours, scale), (theirs, their_scale) = found
+        torch.testing.assert_close(ours.norms, theirs.norms, rtol=1e-3, atol=1e-6, equal_nan=True)
+        finite = [norm for norm in ours.norms if norm.isfinite()]
+        assert max(finite) < 1e3
+        assert (len(finite) < STEPS) is (precision == "16-mixed")
+        assert scale == their_scale
+        torch.testing.assert_close(
+            dict(ours.state_dict()), dict(theirs.state_dict()), rtol=1e-3, atol=1e-4
+        )
+
+    def test_accelerate_sees_what_was_skipped(self) -> None:
+        pytest.importorskip("accelerate")
+        from accelerate import Accelerator
+        from accelerate.optimizer import AcceleratedOptimizer
+
+        Accelerator(cpu=True)
+        seen: dict[type, list[bool]] = {}
+        for cls in (torch.optim.Adam, AdamAL):
+            param = nn.Parameter(torch.ones(3))
+            scaler = torch.amp.GradScaler("cpu")
+            optimizer = AcceleratedOptimizer(cls([param]), device_placement=False, scaler=scaler)
+            seen[cls] = []
+            for factor in (1.0, float("inf"), 1.0):
+                optimizer.zero_grad()
+                scaler.scale(param.sum() * factor).backward()
+                optimizer.step()
+                seen[cls].append(optimizer.step_was_skipped)
+            assert optimizer.state[param]["step"] == 2
+        assert seen[torch.optim.Adam] == seen[AdamAL] == [False, True, False]
+
+
+class TestMaxGradNorm:
+    """Set on what a trainer makes of the optimizer."""
+
+    def test_fabric_hands_it_on(self) -> None:
+        fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+        _, optimizer = fabric.setup(
+            nn.Linear(2, 1, bias=False), made := AdamAL([nn.Parameter(torch.ones(2))])
+        )
+        assert optimizer is not made
+        optimizer.max_grad_norm = 0.5
+        assert (optimizer.max_grad_norm, made.max_grad_norm) == (0.5, 0.5)
+        made.param_groups[0]["params"][0].grad = torch.tensor([3.0, 4.0])
+        optimizer.step()
+        assert optimizer.last_grad_norm == 5.0
+
+    def test_accelerate_takes_it_on_the_optimizer_inside(self) -> None:
+        pytest.importorskip("accelerate")
+        from accelerate import Accelerator
+
+        param = nn.Parameter(torch.ones(2))
+        optimizer = Accelerator(cpu=True).prepare(AdamAL([param], max_grad_norm=1.0))
+        for norm in (1.0, 0.5):
+            optimizer.optimizer.max_grad_norm = norm
+            param.grad = torch.tensor([3.0, 4.0])
+            optimizer.step()
+            assert optimizer.optimizer.last_grad_norm == 5.0
+
+
 # Each example, what it needs, and what its last loss is below; it begins some ten times higher.
 EXAMPLE_RUNS = [
     ("plain_loop", (), 0.02),
