@@ -11,18 +11,38 @@ import torch
 from torch import Tensor
 
 from .distributed import is_sharded, local_part, moment_like, placed_as
-from .options import IMPLEMENTATION_OPTIONS
+from .entries import is_frozen
+from .options import IMPLEMENTATION_OPTIONS, pair_of_betas
 from .projections import Projection, projection_from_dict, projection_to_dict
 
-__all__ = ["feed_back_maxima", "merge_groups", "merge_state", "read_step", "saved_group"]
+__all__ = ["feed_back_maxima", "merge_groups", "merge_state", "packed", "read_step"]
 
 
-def saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a packed param group as ``torch.load(weights_only=True)`` can read it.
+def packed(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return what :meth:`torch.optim.Optimizer.state_dict` does, parameters numbered as there.
 
-    Sets become dicts, and numpy's and other numbers floats.
+    ``torch.load(weights_only=True)`` can read it: sets become dicts, and numpy's and other numbers
+    floats.
     """
-    saved = dict(group)
+    numbers: dict[int, int] = {}
+    saved_groups = []
+    first = 0
+    for group in groups:
+        params = group["params"]
+        numbers.update(
+            {id(p): number for number, p in enumerate(params, first) if id(p) not in numbers}
+        )
+        first += len(params)
+        saved_groups.append({**_saved_options(group), "params": [numbers[id(p)] for p in params]})
+    saved_state = {
+        numbers[id(key)] if isinstance(key, Tensor) else key: values
+        for key, values in state.items()
+    }
+    return {"state": saved_state, "param_groups": saved_groups}
+
+
+def _saved_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    saved = {name: value for name, value in group.items() if name != "params"}
     for name in ("lr", "eps", "weight_decay"):
         saved[name] = _plain_number(saved[name])
     saved["betas"] = tuple(_plain_number(beta) for beta in saved["betas"])
@@ -44,6 +64,7 @@ def merge_groups(
     Raises:
         ValueError: the number of groups, or of parameters in one of them, differs, or a Tensor
             saved for a number has not one element.
+        TypeError: betas are no pair.
     """
     for index, group in enumerate(saved):
         if "params" not in group:
@@ -65,10 +86,8 @@ def merge_groups(
         for name in ("lr", "initial_lr"):
             if name in group:
                 group[name] = _in_form_of(ours["lr"], group[name], f"{name} of group {index}")
-        betas = group["betas"]
-        if isinstance(betas, (tuple, list)) and len(betas) == len(ours["betas"]):
-            pairs = zip(ours["betas"], betas, strict=True)
-            group["betas"] = tuple(_in_form_of(*pair, f"betas of group {index}") for pair in pairs)
+        pairs = zip(pair_of_betas(ours["betas"]), pair_of_betas(group["betas"]), strict=True)
+        group["betas"] = tuple(_in_form_of(*pair, f"betas of group {index}") for pair in pairs)
         if "param_names" in ours:
             group["param_names"] = ours["param_names"]
         for name in IMPLEMENTATION_OPTIONS:
@@ -204,6 +223,8 @@ def _merge_value(param: Tensor, name: str, value: Any, where: str) -> Any:
             f"checkpoint, the parameter {tuple(param.shape)}; the checkpoint is of another model, "
             "or its parameters are in another order"
         )
+    if param.is_meta and is_frozen(param):
+        return value.clone()  # Moved with the parameter, once that is stepped.
     if param.is_meta:
         raise ValueError(
             f"load_state_dict: {where} is on meta in the optimizer; give the model memory first "

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from .distributed import is_sharded, mark_like
-from .entries import MAX_MOMENT, MOMENTS, MULTIPLIER, prepare_state
+from .entries import MAX_MOMENT, MOMENTS, MULTIPLIER, is_frozen, prepare_state
 from .hyperparameters import StepInputs
 from .options import check_capturable
 from .projections import CoupledSet
@@ -164,7 +164,7 @@ def _check_traceable(optimizer: _AdamBase) -> None:
                 f"group {index} of {type(optimizer).__name__} has differentiable=True, which "
                 "torch.compile cannot see through; step outside of the compiled function"
             )
-        if any(map(is_sharded, group["params"])):
+        if any(is_sharded(p) and not is_frozen(p) for p in group["params"]):
             raise NotImplementedError(
                 f"group {index} of {type(optimizer).__name__} has DTensors, whose step is not "
                 "compiled yet; step outside of the compiled function"
@@ -282,11 +282,11 @@ def _add_state(
 
 def _step_given(optimizer: _AdamBase, given: Mapping[int, _Given], inputs: StepInputs) -> None:
     _check_traceable(optimizer)
-    check_capturable(optimizer.param_groups, type(optimizer).__name__)
+    is_captured = check_capturable(optimizer.param_groups, type(optimizer).__name__)
     optimizer._opt_called = True
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if not all(_is_own(optimizer, params[member], of) for member, of in given.items()):
-        _step_copies(optimizer, given, inputs)
+        _step_copies(optimizer, given, inputs, is_captured)
         return
     with _gradients_as_given(params, given):
         optimizer._plan.step(
@@ -295,6 +295,7 @@ def _step_given(optimizer: _AdamBase, given: Mapping[int, _Given], inputs: StepI
             optimizer._options,
             inputs,
             records=optimizer._records,
+            is_captured=is_captured,
         )
 
 
@@ -315,7 +316,9 @@ def _is_same(first: Tensor, second: Tensor) -> bool:
     )
 
 
-def _step_copies(optimizer: _AdamBase, given: Mapping[int, _Given], inputs: StepInputs) -> None:
+def _step_copies(
+    optimizer: _AdamBase, given: Mapping[int, _Given], inputs: StepInputs, is_captured: bool
+) -> None:
     """Step copies of the optimizer's tensors, which the graph copies back."""
     groups = []
     state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
@@ -337,7 +340,15 @@ def _step_copies(optimizer: _AdamBase, given: Mapping[int, _Given], inputs: Step
             owners[param] = own
         groups.append({**group, "params": params})
     records = None if optimizer._records is None else optimizer._records.of_copies(owners)
-    optimizer._plan.step(groups, state, optimizer._options, inputs, records=records, repeats=False)
+    optimizer._plan.step(
+        groups,
+        state,
+        optimizer._options,
+        inputs,
+        records=records,
+        repeats=False,
+        is_captured=is_captured,
+    )
     for of_param, held in zip(given.values(), state.values(), strict=True):
         for name, tensor in of_param.state.items():
             if held[name] is not tensor:

@@ -43,12 +43,15 @@ __all__ = [
     "check_parameter",
     "check_state",
     "coupled_set",
+    "is_frozen",
+    "is_shared",
     "key_without_grad",
     "named_tensors",
     "new_state",
     "pick_backend",
     "prepare_state",
     "real_dtype",
+    "resting_entry",
     "state_of",
 ]
 
@@ -88,6 +91,16 @@ def coupled_set(options: GroupOptions) -> CoupledSet | None:
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type of a complex type's parts; any other type as it is."""
     return dtype.to_real() if dtype.is_complex else dtype
+
+
+def is_frozen(param: Tensor) -> bool:
+    """Whether nothing steps ``param``, and so nothing is asked of it: no gradient, nor one to come.
+
+    Example:
+        >>> is_frozen(torch.zeros(2, dtype=torch.int8))
+        True
+    """
+    return not param.requires_grad and param.grad is None
 
 
 def check_parameter(param: Tensor, options: GroupOptions, where: str) -> None:
@@ -139,20 +152,7 @@ def prepare_state(
         RuntimeError, TypeError, ValueError, NotImplementedError: the parameter, its state or a
             backend cannot be used.
     """
-    check_parameter(param, options, where)
-    _check_is_writable(param, where)
-    key = key_without_grad(param, options, state.get(param), inputs)
-    entry = Entry(
-        owner=param,
-        param=local_part(param),
-        grad=param,
-        is_misplaced=False,
-        options=options,
-        bounds=bounds_of(options, key.dtypes.param),
-        key=key,
-        backend=pick_backend(key, options),
-        where=where,
-    )
+    entry = _entry_without_grad(param, options, where, state, inputs)
     if held := state.get(param):
         check_state(entry, held)
     state_of(entry, state)
@@ -283,6 +283,50 @@ def check_entry(
     return Entry(owner, param, grad, is_misplaced, options, bounds, key, backend, where)
 
 
+def resting_entry(
+    param: Tensor,
+    options: GroupOptions,
+    where: str,
+    state: MutableMapping[Tensor, dict[str, Any]],
+) -> Entry | None:
+    """Return the entry of a parameter with state and, in this step, without a gradient.
+
+    Returns:
+        None where it could not be stepped as it is. What is wrong is said by the step that finds
+        a gradient; until then nothing is asked of it.
+    """
+    try:
+        entry = _entry_without_grad(param, options, where, state, StepInputs())
+        check_state(entry, state[param])
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return None
+    device = param.device if entry.key.device_scalars else torch.device("cpu")
+    return entry if _is_count(state[param]["step"], device) else None
+
+
+def _entry_without_grad(
+    param: Tensor,
+    options: GroupOptions,
+    where: str,
+    state: MutableMapping[Tensor, dict[str, Any]],
+    inputs: StepInputs,
+) -> Entry:
+    check_parameter(param, options, where)
+    _check_is_writable(param, where)
+    key = key_without_grad(param, options, state.get(param), inputs)
+    return Entry(
+        owner=param,
+        param=local_part(param),
+        grad=param,
+        is_misplaced=False,
+        options=options,
+        bounds=bounds_of(options, key.dtypes.param),
+        key=key,
+        backend=pick_backend(key, options),
+        where=where,
+    )
+
+
 def key_without_grad(
     param: Tensor,
     options: GroupOptions,
@@ -351,14 +395,7 @@ def check_state(entry: Entry, held: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"state of {where} has no {key!r}; clear the parameter's state to start it anew"
             )
-    step = held["step"]
-    is_one_number = isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta
-    # A count on the device is not read: that would be to wait for it.
-    if not is_one_number or (step.device.type == "cpu" and not 0 <= step.item() < math.inf):
-        raise ValueError(
-            f"state['step'] of {where} must be a tensor of one element, a number finite and >= 0, "
-            f"got {step!r}"
-        )
+    _check_step(held["step"], where)
     expected = moment_dtype(entry.param)
     for key in (*MOMENTS, MAX_MOMENT):
         if key not in held:
@@ -396,8 +433,50 @@ def check_state(entry: Entry, held: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"state[{key!r}] of {where} has type {tensor.dtype}; it must be {expected}"
             )
+        _check_stays_shared(key, tensor, expected, where)
     if MULTIPLIER in held and entry.coupled is not None:
         _check_multiplier(held[MULTIPLIER], entry)
+
+
+def _check_step(step: Any, where: str) -> None:
+    is_one_number = (
+        isinstance(step, Tensor)
+        and step.numel() == 1
+        and not (step.is_meta or step.is_complex())
+        and step.layout == torch.strided
+    )
+    if is_one_number and not has_memory(local_part(step)):
+        raise ValueError(
+            f"the storage of state['step'] of {where} has been freed; clear the parameter's state "
+            "to start it anew"
+        )
+    # A count on the device is not read: that would be to wait for it.
+    if not is_one_number or (step.device.type == "cpu" and not 0 <= step.item() < math.inf):
+        raise ValueError(
+            f"state['step'] of {where} must be a tensor of one element, a number finite and >= 0, "
+            f"got {step!r}"
+        )
+    _check_stays_shared("step", step, torch.float32, where)
+
+
+def _check_stays_shared(key: str, tensor: Tensor, dtype: torch.dtype, where: str) -> None:
+    """Refuse what would be converted, and no longer be seen by other processes."""
+    if tensor.dtype != dtype and is_shared(local_part(tensor)):
+        raise ValueError(
+            f"state[{key!r}] of {where} is in shared memory and has type {tensor.dtype}; to be "
+            f"stepped there it must be {dtype}"
+        )
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether state lies in memory that other processes may read: there it has to stay.
+
+    Example:
+        >>> is_shared(torch.zeros(())), is_shared(torch.zeros(()).share_memory_())
+        (False, True)
+    """
+    # torch says so of everything that is on a GPU.
+    return tensor.device.type == "cpu" and tensor.is_shared()
 
 
 def _check_multiplier(value: Any, entry: Entry) -> None:
@@ -463,10 +542,25 @@ def state_of(entry: Entry, state: MutableMapping[Tensor, dict[str, Any]]) -> dic
     for key in (*MOMENTS, MAX_MOMENT):
         if key in held:
             held[key] = held[key].to(device=param.device, dtype=moment_dtype(param))
-    step = held["step"]
-    if step.device != step_device or step.dtype != torch.float32 or step.dim() != 0:
-        held["step"] = step.to(device=step_device, dtype=torch.float32).reshape(())
+    held["step"] = _as_count(held["step"], step_device)
     return held
+
+
+def _is_count(step: Tensor, device: torch.device) -> bool:
+    """Whether a step count can be added to where it is."""
+    return (
+        type(step) is Tensor
+        and (step.dtype, step.dim(), step.device) == (torch.float32, 0, device)
+        and not (step.requires_grad or step.is_inference())
+    )
+
+
+def _as_count(step: Tensor, device: torch.device) -> Tensor:
+    """Return a count on ``device``: the step itself, a view of it or a copy."""
+    if _is_count(step, device):
+        return step
+    count = local_part(step).detach().to(device=device, dtype=torch.float32).reshape(())
+    return count.clone() if count.is_inference() else count
 
 
 def _place_multiplier(held: dict[str, Any], entry: Entry, coupled: CoupledSet) -> None:

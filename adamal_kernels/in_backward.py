@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .hyperparameters import StepInputs
+from .options import check_capturable
 from .plan import Plan
 from .user_warning import warn_user
 
@@ -108,7 +109,14 @@ class StepperInBackward:
             own.state[param] = held
         else:
             own.state.pop(param, None)
-        own.plan.step(own.groups, own.state, optimizer._options, inputs, records=optimizer._records)
+        own.plan.step(
+            own.groups,
+            own.state,
+            optimizer._options,
+            inputs,
+            records=optimizer._records,
+            is_captured=check_capturable(own.groups, type(optimizer).__name__),
+        )
         if not held:
             optimizer.state[param] = own.state[param]
         optimizer._opt_called = True
@@ -141,7 +149,7 @@ def step_in_backward(
     check_inputs(optimizer._inputs())
     for group in optimizer.param_groups:
         _check_group(group)
-    params = _chosen(optimizer, model)
+    params = [p for p in _chosen(optimizer, model) if p.requires_grad or _can_be_thawed(p)]
     for param in params:
         _remove_dead_hooks(param)
         if _hooks(param):
@@ -232,6 +240,10 @@ def _register(param: Tensor, hook: _Hook) -> RemovableHandle:
     finally:
         if frozen:
             param.requires_grad_(False)
+
+
+def _can_be_thawed(param: Tensor) -> bool:
+    return (param.is_floating_point() or param.is_complex()) and not param.is_inference()
 
 
 def _hooks(param: Tensor) -> dict[int, _Hook]:

@@ -21,9 +21,9 @@ from torch.optim.optimizer import (
 
 from . import compiled, in_backward
 from .backends import BackendName
-from .checkpoint import feed_back_maxima, merge_groups, merge_state, saved_group
+from .checkpoint import feed_back_maxima, merge_groups, merge_state, packed
 from .distributed import check_process_group, is_flat_shard, zero_redundancy_optimizer
-from .entries import check_parameter
+from .entries import check_parameter, is_frozen
 from .foreign_checkpoints import as_torch_adam
 from .hyperparameters import StepInputs
 from .in_backward import InBackwardHandle, StepperInBackward
@@ -32,6 +32,7 @@ from .options import (
     check_capturable,
     check_max_grad_norm,
     check_options,
+    pair_of_betas,
     read_options,
 )
 from .plan import Plan
@@ -60,20 +61,23 @@ def _hooked(step: _Step) -> _Step:
 
     @functools.wraps(step)
     def hooked_step(self: _AdamBase, *args: Any, **kwargs: Any) -> Any:
-        if (
+        # A subclass's step is hooked too, and has run them where it calls super().step().
+        if self._runs_hooks or not (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
             or (not is_compiling() and _profiler_enabled())
         ):
+            return step(self, *args, **kwargs)
+        self._runs_hooks = True
+        try:
             return recorded(self, *args, **kwargs)
-        return step(self, *args, **kwargs)
+        finally:
+            self._runs_hooks = False
 
-    # torch asks before it wraps, and so do its schedulers, whose wrapper Dynamo cannot trace: they
-    # want to know of a step, which _opt_called tells them.
+    # torch asks before it wraps.
     hooked_step.hooked = True  # type: ignore[attr-defined]
-    hooked_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     return cast(_Step, hooked_step)
 
 
@@ -90,6 +94,7 @@ class _AdamBase(Optimizer):
     _in_backward: Sequence[StepperInBackward] = ()
     _records: WatchRecords | None = None
     _zero: weakref.ref[ZeroRedundancyOptimizer] | None = None
+    _runs_hooks = False
 
     def __init__(
         self,
@@ -112,6 +117,7 @@ class _AdamBase(Optimizer):
         max_grad_norm: float | None = None,
         grad_norm_group: ProcessGroup | None = None,
     ) -> None:
+        betas = pair_of_betas(betas)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -151,7 +157,8 @@ class _AdamBase(Optimizer):
 
         Raises:
             TypeError, ValueError, NotImplementedError: an option of the group, or a parameter's
-                type, cannot be used; the group is not added then.
+                type, cannot be used; the group is not added then. Of a frozen parameter
+                (``requires_grad=False`` and no gradient) nothing is asked.
             RuntimeError: the group's named backend cannot run on a parameter's device.
         """
         super().add_param_group(param_group)
@@ -159,10 +166,13 @@ class _AdamBase(Optimizer):
         try:
             options = self._options(self.param_groups[index])
             for i, param in enumerate(self.param_groups[index]["params"]):
-                check_parameter(param, options, f"params[{i}] of group {index}")
+                if not is_frozen(param):
+                    check_parameter(param, options, f"params[{i}] of group {index}")
         except Exception:
             self.param_groups.pop()
             raise
+        # A list, or a config's, would have to be read anew in every step.
+        self.param_groups[index]["betas"] = (options.beta1, options.beta2)
 
     @_hooked
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -190,9 +200,14 @@ class _AdamBase(Optimizer):
         if self._in_backward:
             in_backward.check_inputs(inputs)
         self._opt_called = True
-        self._plan.step(self.param_groups, self.state, self._options, inputs, records=self._records)
-        if is_captured:
-            self._plan.keep_for_graph()
+        self._plan.step(
+            self.param_groups,
+            self.state,
+            self._options,
+            inputs,
+            records=self._records,
+            is_captured=is_captured,
+        )
         return loss
 
     def step_in_backward(
@@ -384,14 +399,29 @@ class _AdamBase(Optimizer):
             return torch.zeros((), dtype=torch.int64, device="cpu")
         return self._plan.skipped_steps.clone()
 
+    # torch's schedulers ask before they wrap it, which Dynamo cannot trace: they want to know of a
+    # step, and _opt_called tells them.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+    def _patch_step_function(self) -> None:
+        cls = type(self)
+        if not getattr(cls.step, "hooked", False):
+            cls.step = _hooked(cls.step)  # type: ignore[method-assign]
+        super()._patch_step_function()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state: tensors, numbers, strings, lists and dicts only.
 
         The keys are those of :class:`torch.optim.Adam`, which can load it. A projection is saved
-        as a dict. See :meth:`torch.optim.Optimizer.state_dict`.
+        as a dict, which hooks see so. See :meth:`torch.optim.Optimizer.state_dict`.
         """
-        saved = super().state_dict()
-        saved["param_groups"] = [saved_group(group) for group in saved["param_groups"]]
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        saved = packed(self.param_groups, self.state)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, saved)
+            if replaced is not None:
+                saved = replaced
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -436,7 +466,8 @@ class _AdamBase(Optimizer):
         for group in groups:
             options = self._options(group)
             for i, param in enumerate(group["params"]):
-                check_parameter(param, options, f"load_state_dict: params[{i}]")
+                if not is_frozen(param):
+                    check_parameter(param, options, f"load_state_dict: params[{i}]")
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -553,7 +584,7 @@ class AdamAL(_AdamBase):
             every step reads anew: on the parameters' device it is not waited for. A float64 one
             gives the bits of the number. A step with ``lr=0`` does not project. Default: 1e-3.
         betas: decay rates of the two moments, each in ``[0, 1)``, both numbers or both tensors
-            like ``lr``. Default: (0.9, 0.999).
+            like ``lr``; any sequence of two, of which the group has a tuple. Default: (0.9, 0.999).
         eps: added to the denominator, ``>= 0``. Default: 1e-8.
         weight_decay: ``>= 0``, added to the gradient as ``weight_decay * p``. Default: 0.
         amsgrad: must be False: the second moment is already monotone, without a third buffer.
@@ -594,10 +625,11 @@ class AdamAL(_AdamBase):
             ``DistributedDataParallel``.
 
     State per parameter: ``step`` (float32 scalar, on the CPU unless the step's scalars are derived
-    on the device), ``exp_avg`` and ``exp_avg_sq`` (float64 for float64 parameters, else float32;
-    laid out as the parameter, and for a DTensor DTensors on its mesh with its placements). Of a
-    DTensor each process steps its own part. Parameters in a ball or a simplex have ``multiplier``
-    besides: float64, one number a row, from which the next projection starts.
+    on the device; one that a user places in shared memory is counted there), ``exp_avg`` and
+    ``exp_avg_sq`` (float64 for float64 parameters, else float32; laid out as the parameter, and for
+    a DTensor DTensors on its mesh with its placements). Of a DTensor each process steps its own
+    part. Parameters in a ball or a simplex have ``multiplier`` besides: float64, one number a row,
+    from which the next projection starts.
 
     :class:`torch.amp.GradScaler` unscales the gradients before the step and skips the step where
     one is not finite: gradients can be clipped and logged in between, and trainers see what was

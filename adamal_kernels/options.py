@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ __all__ = [
     "check_capturable",
     "check_max_grad_norm",
     "check_options",
+    "pair_of_betas",
     "read_options",
 ]
 
@@ -107,10 +109,7 @@ def check_options(options: dict[str, Any], *, optimizer: str, monotone: bool) ->
             )
     eager_foreach = options["foreach"] and not options["capturable"]
     _check_scalar(options["lr"], "lr", "learning rate", eager_foreach, *_NONNEGATIVE)
-    betas = options["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
-    for index, beta in enumerate(betas):
+    for index, beta in enumerate(pair_of_betas(options["betas"])):
         named = (f"betas[{index}]", f"beta parameter at index {index}")
         _check_scalar(beta, *named, eager_foreach, "0 <= beta < 1", lambda beta: 0 <= beta < 1)
     _check_number(options["eps"], "eps", "epsilon value", *_NONNEGATIVE)
@@ -157,7 +156,7 @@ def read_options(group: dict[str, Any], *, optimizer: str, monotone: bool) -> Gr
         second_moment = SecondMoment.MONOTONE
     else:
         second_moment = SecondMoment.AMSGRAD if group["amsgrad"] else SecondMoment.PLAIN
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = pair_of_betas(group["betas"])
     return GroupOptions(
         lr=_scalar(group["lr"]),
         beta1=_scalar(beta1),
@@ -177,13 +176,32 @@ def read_options(group: dict[str, Any], *, optimizer: str, monotone: bool) -> Gr
     )
 
 
-def check_betas_of_one_kind(betas: Any) -> None:
+def pair_of_betas(betas: Any) -> tuple[Any, Any]:
+    """Return the items of a sequence of two: a tuple, a list, a config's, a vector's.
+
+    Raises:
+        TypeError: it is none.
+
+    Example:
+        >>> pair_of_betas([0.9, 0.95])
+        (0.9, 0.95)
+    """
+    if isinstance(betas, (np.ndarray, Tensor)):
+        is_sequence = betas.ndim == 1
+    else:
+        is_sequence = isinstance(betas, Sequence) and not isinstance(betas, (str, bytes))
+    if not is_sequence or len(betas) != 2:
+        raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
+    return betas[0], betas[1]
+
+
+def check_betas_of_one_kind(betas: tuple[Any, Any]) -> None:
     """Check what torch's constructors ask for, and its schedulers do not keep to.
 
     Raises:
         ValueError: one beta is a Tensor and the other is not.
     """
-    if isinstance(betas, (tuple, list)) and len({isinstance(b, Tensor) for b in betas}) > 1:
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
         raise ValueError(
             f"betas must be either both floats or both Tensors, got {betas!r}; convert one of them"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .backends import FUSED, Backend
+from .backends.native import NativeBackend
 from .backends.planned import PlannedBackend
 from .bucket import Bucket, BucketKey, DeviceScalars, SecondMoment
-from .coupled import CoupledRows, coupled_rows
+from .coupled import coupled_rows
 from .distributed import (
     FLAT_SHARD,
     is_only_process,
@@ -29,14 +31,11 @@ from .entries import (
     MAX_MOMENT,
     MULTIPLIER,
     Entry,
-    bounds_of,
     check_entry,
     check_overlaps,
     check_state,
-    coupled_set,
-    key_without_grad,
     named_tensors,
-    pick_backend,
+    resting_entry,
     state_of,
 )
 from .gradient_norm import ordered_sum
@@ -106,6 +105,7 @@ class Plan:
         *,
         records: WatchRecords | None = None,
         repeats: bool = True,
+        is_captured: bool = False,
     ) -> None:
         """Step every parameter that has a gradient.
 
@@ -117,6 +117,8 @@ class Plan:
                 ``max_grad_norm`` is finite.
             records: where the step's statistics are kept; None: it is not watched.
             repeats: whether steps of the same tensors are to be expected.
+            is_captured: whether the step is being captured in a CUDA graph. What the graph has
+                the addresses of is kept as long as this lives.
 
         Raises:
             RuntimeError, TypeError, ValueError, NotImplementedError: an option, a gradient, a
@@ -134,27 +136,23 @@ class Plan:
             if self.skipped_steps is not None:
                 inputs = inputs._replace(skipped_steps=self.skipped_steps)
             if self._steady_state.step(param_groups, state, *inputs, self._norm_of_bound):
+                if is_captured:
+                    self._keep_for_graph(self._steady_state)
                 return
             self._steady_state = None
         options = [read_options(group) for group in param_groups]
         if any(o.differentiable for o in options):
             # As torch has it, also in a loop that calls step() under no_grad.
             with torch.enable_grad():
-                self._checked_step(param_groups, options, state, inputs, repeats)
+                self._checked_step(param_groups, options, state, inputs, repeats, is_captured)
             return
         # Out of inference mode, so that new state is made of ordinary tensors.
         with torch.inference_mode(False), torch.no_grad():
-            self._checked_step(param_groups, options, state, inputs, repeats)
+            self._checked_step(param_groups, options, state, inputs, repeats, is_captured)
 
-    def keep_for_graph(self) -> None:
-        """Keep what the step just captured in a CUDA graph reads and writes, as long as this lives.
-
-        The graph has the addresses of the tables and counts; a later change of the optimizer binds
-        others.
-        """
-        self._captured.append(
-            (self._steady_state, self.grad_norm, self.skipped_steps, self._records)
-        )
+    def _keep_for_graph(self, *read_or_written: Any) -> None:
+        # A later change of the optimizer makes others of them.
+        self._captured.append((*read_or_written, self.grad_norm, self.skipped_steps, self._records))
 
     def _checked_step(
         self,
@@ -163,6 +161,7 @@ class Plan:
         state: MutableMapping[Tensor, dict[str, Any]],
         inputs: StepInputs,
         repeats: bool,
+        is_captured: bool,
     ) -> None:
         self._spreads = list(
             dict.fromkeys(mesh_and_placements(p) for group in param_groups for p in group["params"])
@@ -174,6 +173,8 @@ class Plan:
             if param.grad is not None
         ]
         for entry in entries:
+            if is_captured:
+                _check_can_be_captured(entry)
             if held := state.get(entry.owner):
                 check_state(entry, held)
         rounds = _rounds(entries)
@@ -183,7 +184,9 @@ class Plan:
         # would keep some processes from taking part.
         rounds = [[_with_own_gradient(entry) for entry in of_round] for of_round in rounds]
         in_place = [self._step_entries(of_round, state, inputs) for of_round in rounds]
-        if in_place == [True] and repeats:
+        if is_captured:
+            self._keep_for_graph([state[entry.owner]["step"] for entry in entries])
+        elif in_place == [True] and repeats:
             self._steady_state = self._bind(param_groups, options, state, rounds[0])
 
     def _step_entries(
@@ -343,32 +346,83 @@ class Plan:
         state: MutableMapping[Tensor, dict[str, Any]],
         entries: Sequence[Entry],
     ) -> Any | None:
-        """Bind what was just stepped, and parameters with state that had no gradient."""
+        """Bind what was just stepped, and parameters with state that had no gradient.
+
+        The step has been taken, and is right, whether or not it can be repeated.
+        """
+        try:
+            bindings = self._bindings(param_groups, options, state, entries)
+            if not bindings:
+                return None
+            # Parameters at rest are left out if they are in the way: their next gradients are seen,
+            # and checked. What was stepped together does not share memory.
+            stepped = {entry.owner: bindings[entry.owner] for entry in entries}
+            tensors = [t for param in bindings for _, t in named_tensors(param, "", state)]
+            attempts = [stepped] if overlapping_pair(tensors) else [bindings, stepped]
+            for attempt in attempts:
+                self._bound_spreads = [key.spread for _, key in bound_places(attempt)]
+                bound = bind(param_groups, options, state, attempt, self._records)
+                if bound is not None or len(stepped) == len(attempt):
+                    return bound
+            return None
+        except Exception as error:
+            warnings.warn(
+                f"adamal_kernels: the step was taken, but cannot be repeated by C++, which would "
+                f"be faster: {error!r}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+
+    def _bindings(
+        self,
+        param_groups: list[dict[str, Any]],
+        options: Sequence[GroupOptions],
+        state: MutableMapping[Tensor, dict[str, Any]],
+        entries: Sequence[Entry],
+    ) -> dict[Tensor, Binding]:
+        """Return how parameters are stepped by address; nothing where one with a gradient is not.
+
+        One without a gradient is left out where it could not be stepped as it is.
+        """
         by_param = {entry.owner: entry for entry in entries}
         bindings = {}
-        for group, group_options in zip(param_groups, options, strict=True):
-            for param in group["params"]:
+        for g, group in enumerate(param_groups):
+            for i, param in enumerate(group["params"]):
                 entry = by_param.get(param)
                 if not state.get(param) or (entry is None and param in self.stepped_apart):
                     continue
-                if is_sharded(param) and coupled_set(group_options) is not None:
-                    return None
-                key = entry.key if entry else key_without_grad(param, group_options, state[param])
-                backend = entry.backend if entry else pick_backend(key, group_options)
-                if not isinstance(backend, PlannedBackend) or not backend.has_native_plans:
-                    return None
-                bounds = bounds_of(group_options, key.dtypes.param)
-                bindings[param] = Binding(backend, key, bounds, _bound_rows(param, group_options))
-        tensors = [tensor for param in bindings for _, tensor in named_tensors(param, "", state)]
-        if not bindings or overlapping_pair(tensors) is not None:
-            return None
-        self._bound_spreads = [key.spread for _, key in bound_places(bindings)]
-        return bind(param_groups, options, state, bindings, self._records)
+                resting = entry is None
+                if entry is None:
+                    entry = resting_entry(param, options[g], f"params[{i}] of group {g}", state)
+                    if entry is None:
+                        continue
+                if (
+                    (is_sharded(param) and entry.coupled is not None)
+                    or not isinstance(entry.backend, PlannedBackend)
+                    or not entry.backend.has_native_plans
+                ):
+                    if resting:
+                        continue
+                    return {}
+                rows = None if entry.coupled is None else coupled_rows(param, entry.coupled)
+                bindings[param] = Binding(entry.backend, entry.key, entry.bounds, rows)
+        return bindings
 
 
-def _bound_rows(param: Tensor, options: GroupOptions) -> CoupledRows | None:
-    coupled = coupled_set(options)
-    return None if coupled is None else coupled_rows(param, coupled)
+def _check_can_be_captured(entry: Entry) -> None:
+    """Check that a graph would not read what was there for one step only.
+
+    Raises:
+        RuntimeError: the backend has tables of the tensors, and they were not bound before.
+    """
+    if isinstance(entry.backend, NativeBackend):
+        raise RuntimeError(
+            f"step() is being captured in a CUDA graph, and {entry.where}, or another parameter or "
+            "option, is not as the last step left it; take a step outside of the graph, with the "
+            "gradients and options to be captured, and then capture. Strided parameters, which "
+            "are stepped as copies, can be captured with backend='foreach'"
+        )
 
 
 def _rounds(entries: Sequence[Entry]) -> list[list[Entry]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,13 +13,12 @@ from .bucket import BucketKey
 from .build_info import load_extension
 from .coupled import CoupledRows
 from .distributed import local_part, sharded_class
+from .entries import is_shared
 from .options import GroupOptions
 from .projections import Projection
 from .watch_records import WatchRecords
 
 __all__ = ["Binding", "bind", "bound_places"]
-
-_IMMUTABLE = (float, int, bool, str, type(None), np.generic, Projection)
 
 
 class Binding(NamedTuple):
@@ -42,7 +40,8 @@ def bind(
 ) -> Any | None:
     """Return a ``SteadyState`` whose ``step(param_groups, state)`` repeats checked steps.
 
-    The step counts are packed into one tensor, of which ``state[p]["step"]`` become views.
+    The step counts are packed into one tensor, of which ``state[p]["step"]`` become views; those
+    in shared memory stay where they are.
 
     Args:
         param_groups: the optimizer's.
@@ -52,8 +51,7 @@ def bind(
         records: where the steps' statistics are kept; None: they are not watched.
 
     Returns:
-        None where an option could change without its object changing, such as a list of betas, or
-        where a tensor is none that C++ can read by address.
+        None where a tensor is none that C++ can read by address, or a group is no plain dict.
     """
     if type(param_groups) is not list or not all(map(_is_comparable, param_groups)):
         return None
@@ -101,7 +99,8 @@ def bind(
     )
     for pack, stepped in zip(packs, params, strict=True):
         for param, step in zip(stepped, pack.unbind(), strict=True):
-            state[param]["step"] = step
+            if not is_shared(state[param]["step"]):
+                state[param]["step"] = step
     kept: list[list[Tensor]] = [[] for _ in places]
     if records is not None:
         watched = [
@@ -126,11 +125,15 @@ def _packed(counts: list[Tensor]) -> Tensor:
     """
     first = counts[0]
     storage = first.untyped_storage()
-    are_one_pack = storage.nbytes() == len(counts) * first.element_size() and all(
-        count.untyped_storage().data_ptr() == storage.data_ptr()
-        and count.storage_offset() == i
-        and count.dtype == torch.float32
-        for i, count in enumerate(counts)
+    are_one_pack = (
+        not is_shared(first)
+        and storage.nbytes() == len(counts) * first.element_size()
+        and all(
+            count.untyped_storage().data_ptr() == storage.data_ptr()
+            and count.storage_offset() == i
+            and count.dtype == torch.float32
+            for i, count in enumerate(counts)
+        )
     )
     return first.as_strided((len(counts),), (1,), 0) if are_one_pack else torch.stack(counts)
 
@@ -144,18 +147,12 @@ def _is_comparable(group: Any) -> bool:
     """Whether an unchanged group, item by item the same objects, has unchanged options."""
     if type(group) is not dict or type(group["params"]) is not list:
         return False
-    betas = group["betas"]
-    # C++ reads tensors anew in every step.
-    return (
-        isinstance(betas, tuple)
-        and all(isinstance(value, (Tensor, *_IMMUTABLE)) for value in (group["lr"], *betas))
-        and all(isinstance(group[name], _IMMUTABLE) for name in _COMPARED)
-    )
+    return all(isinstance(group[name], _IMMUTABLE) for name in _COMPARED)
 
 
+# The others are numbers, which C++ reads anew where they can change.
+_IMMUTABLE = (bool, str, type(None), Projection)
 _COMPARED = (
-    "eps",
-    "weight_decay",
     "amsgrad",
     "maximize",
     "foreach",

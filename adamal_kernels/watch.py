@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .distributed import local_part, splits_rows
 from .dtypes import compute_dtype
-from .entries import MULTIPLIER, real_dtype
+from .entries import MULTIPLIER, is_frozen, real_dtype
 from .projections import CoupledSet, is_known_set
 from .watch_records import WORDS, Record, WatchRecords, unpacked
 
@@ -191,7 +191,8 @@ def _boundary_fractions(
         for param in group["params"]:
             fractions[param] = math.nan
             part = local_part(param).detach()
-            if group["projection"] is None or part.numel() == 0:
+            is_left_alone = part.is_meta or (is_frozen(param) and not state.get(param))
+            if group["projection"] is None or part.numel() == 0 or is_left_alone:
                 continue
             projection, multiplier = group["projection"], None
             if not is_known_set(projection):

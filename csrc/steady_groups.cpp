@@ -26,29 +26,60 @@ bool is_floating_number(const at::Tensor& tensor) {
          (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
 }
 
-bool holds_tensor(PyObject* value) {
-  if (PyTuple_CheckExact(value)) {
+// Whether an option's value can change without being another object: a tensor's, an array's or a
+// list's can, and what an unknown class does is not known.
+bool is_mutable(PyObject* value) {
+  if (PyTuple_Check(value)) {
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
-      if (is_tensor(PyTuple_GET_ITEM(value, i))) return true;
+      if (is_mutable(PyTuple_GET_ITEM(value, i))) return true;
     }
+    return false;
   }
-  return is_tensor(value);
+  if (PyFloat_CheckExact(value) || PyLong_Check(value)) return false;
+  static PyObject* const numpy_scalar =
+      py::module_::import("numpy").attr("generic").release().ptr();
+  return !PyObject_TypeCheck(value, reinterpret_cast<PyTypeObject*>(numpy_scalar));
+}
+
+// As float() converts it; NaN for what it does not, and for what is spelled out.
+double converted(PyObject* object) {
+  double number = std::numeric_limits<double>::quiet_NaN();
+  if (PyBool_Check(object) || !PyNumber_Check(object)) return number;
+  if (PyObject* const as_float = PyNumber_Float(object)) {
+    number = PyFloat_AS_DOUBLE(as_float);
+    Py_DECREF(as_float);
+  } else {
+    PyErr_Clear();  // The check in Python says what is wrong with it.
+  }
+  return number;
 }
 
 // The number in `object` if it lies in [0, below), else NaN.
 double number_in_range(PyObject* object, double below) {
   constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
   double number = kNone;
-  if (PyFloat_Check(object)) {
+  if (PyFloat_CheckExact(object)) {
     number = PyFloat_AS_DOUBLE(object);
-  } else if (PyLong_CheckExact(object)) {
-    number = PyLong_AsDouble(object);
-    if (PyErr_Occurred()) PyErr_Clear();  // too large: -1, out of every range
   } else if (is_tensor(object)) {
     const at::Tensor& tensor = THPVariable_Unpack(object);
     if (tensor.is_cpu() && is_floating_number(tensor)) number = tensor.item<double>();
+  } else {
+    number = converted(object);
   }
   return number >= 0 && number < below ? number : kNone;
+}
+
+// The items of a sequence of two; null ones where it is none.
+std::pair<py::object, py::object> items_of_pair(PyObject* value) {
+  const auto item = [value](Py_ssize_t i) {
+    return py::reinterpret_steal<py::object>(PySequence_GetItem(value, i));
+  };
+  std::pair<py::object, py::object> items;
+  if (PySequence_Check(value) && !PyBytes_Check(value) && PySequence_Size(value) == 2) {
+    items = {item(0), item(1)};
+  }
+  if (PyErr_Occurred()) PyErr_Clear();
+  return items;
 }
 
 bool same_address(const DeviceOptions::Address& a, const DeviceOptions::Address& b) {
@@ -91,9 +122,10 @@ SteadyGroups::SteadyGroups(const py::list& groups, const std::vector<bool>& has_
     group.dict = dict;
     group.version.watch(dict.ptr());
     for (const auto& [key, value] : dict) {
+      const Kind kind = classify(key);
       group.items.push_back({py::reinterpret_borrow<py::object>(key),
-                             py::reinterpret_borrow<py::object>(value), classify(key),
-                             holds_tensor(value.ptr())});
+                             py::reinterpret_borrow<py::object>(value), kind,
+                             is_number(kind) && is_mutable(value.ptr())});
     }
     group.first_param = params_.size();
     group.param_count = params.size();
@@ -234,9 +266,11 @@ bool SteadyGroups::check_items(Group& group) {
     if (item.kind == Kind::params) {
       if (!check_params(group, value)) return false;
     } else if (item.kind != Kind::ignored && (value != item.value.ptr() || item.is_read_anew)) {
+      // Held, for reading it may call into Python.
+      const auto held = py::reinterpret_borrow<py::object>(value);
       if (!take_over(group, item.kind, value)) return false;
-      item.value = py::reinterpret_borrow<py::object>(value);
-      item.is_read_anew = holds_tensor(value);
+      item.value = held;
+      item.is_read_anew = is_mutable(value);
     }
   }
   return true;
@@ -278,12 +312,12 @@ bool SteadyGroups::take_over(BoundOptions& options, Kind kind, PyObject* value) 
   switch (kind) {
     case Kind::lr:
       return read_scalar(value, kInfinity, options.device, &step.options.lr, &step.lr);
-    case Kind::betas:
-      return PyTuple_CheckExact(value) && PyTuple_GET_SIZE(value) == 2 &&
-             read_scalar(PyTuple_GET_ITEM(value, 0), 1, options.device, &step.options.beta1,
-                         &step.beta1) &&
-             read_scalar(PyTuple_GET_ITEM(value, 1), 1, options.device, &step.options.beta2,
-                         &step.beta2);
+    case Kind::betas: {
+      const auto [beta1, beta2] = items_of_pair(value);
+      return beta1 && beta2 &&
+             read_scalar(beta1.ptr(), 1, options.device, &step.options.beta1, &step.beta1) &&
+             read_scalar(beta2.ptr(), 1, options.device, &step.options.beta2, &step.beta2);
+    }
     case Kind::eps:
       return !is_tensor(value) &&
              read_scalar(value, kInfinity, std::nullopt, &step.options.eps, &none);

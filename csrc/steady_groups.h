@@ -34,7 +34,8 @@ class SteadyGroups {
 
   // Whether the groups, item by item and parameter by parameter, are those that were checked, and
   // no parameter without state is due its first step. A changed learning rate, beta, eps or weight
-  // decay is taken over into the options; tensors among them are read anew every time.
+  // decay is taken over into the options; what can change without being another object, such as a
+  // tensor or a list of betas, is read anew every time.
   bool check(PyObject* groups);
 
   // Whether they are enough for threads to share a check.
@@ -76,6 +77,7 @@ class SteadyGroups {
   };
 
   static Kind classify(const pybind11::handle& key);
+  static bool is_number(Kind kind) { return kind <= Kind::weight_decay; }
   // Whether nothing of a group has changed; takes nothing over, so that threads may ask, each of
   // groups of its own.
   bool is_unchanged(Group& group) const;

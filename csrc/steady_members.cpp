@@ -227,16 +227,29 @@ c10::TensorImpl* SteadyState::state_tensor(size_t index, StateKey::Which which) 
   return tensor;
 }
 
-bool SteadyState::is_count(const Member& member, const c10::TensorImpl& tensor) const {
+bool SteadyState::is_count(const Member& member, const c10::TensorImpl& tensor) {
   const PlanStep& step = plans_[member.plan];
-  if (storage_of(tensor) != step.steps_storage ||
-      tensor.storage_offset() != static_cast<int64_t>(member.slot) ||
-      tensor.dtype() != caffe2::TypeMeta::Make<float>() || tensor.numel() != 1) {
+  if ((storage_of(tensor) != step.steps_storage ||
+       tensor.storage_offset() != static_cast<int64_t>(member.slot) ||
+       tensor.dtype() != caffe2::TypeMeta::Make<float>() || tensor.numel() != 1) &&
+      !is_own_count(member, tensor)) {
     return false;
   }
   // The bounds are false for a count that is no number, too.
   return !step.host_counts ||
          (step.counts[member.slot] >= 0 && step.counts[member.slot] <= kMostSteps);
+}
+
+bool SteadyState::is_own_count(const Member& member, const c10::TensorImpl& tensor) {
+  PlanStep& step = plans_[member.plan];
+  if (step.own_counts.empty()) return false;
+  const at::Tensor& own = step.own_counts[member.slot];
+  if (own.unsafeGetTensorImpl() != &tensor || !own.is_cpu() || own.scalar_type() != at::kFloat ||
+      own.numel() != 1 || own.storage().nbytes() < (own.storage_offset() + 1) * sizeof(float)) {
+    return false;
+  }
+  step.counts[member.slot] = *own.const_data_ptr<float>();
+  return true;
 }
 
 bool SteadyState::read_multipliers(size_t index, TensorEntry* entry) {

@@ -161,7 +161,9 @@ bool SteadyState::bind(const py::handle& state,
     const Member& member = members_[i];
     const void* grad = nullptr;
     TensorEntry* entry = &entries[member.plan][member.slot];
-    if (values_[i] == nullptr || !read_member(i, entry, &grad)) return false;
+    if (values_[i] == nullptr) return false;
+    find_own_count(i);
+    if (!read_member(i, entry, &grad)) return false;
     bool grad_is_placed_alike = false;
     if (member.is_sharded && !compare_specs(&specs_[i], &grad_is_placed_alike)) return false;
   }
@@ -170,6 +172,18 @@ bool SteadyState::bind(const py::handle& state,
   }
   for (PlanStep& step : plans_) step.plan->prepare();
   return true;
+}
+
+void SteadyState::find_own_count(size_t index) {
+  PyObject* const values = values_[index];
+  if (!PyDict_CheckExact(values) || !find_objects(index, values)) return;
+  PyObject* const object = footprints_[index].objects[StateKey::step];
+  if (!THPVariable_CheckExact(object)) return;
+  const at::Tensor& count = THPVariable_Unpack(object);
+  PlanStep& step = plans_[members_[index].plan];
+  if (storage_of(*count.unsafeGetTensorImpl()) == step.steps_storage) return;
+  step.own_counts.resize(step.grads.size());
+  step.own_counts[members_[index].slot] = count;
 }
 
 bool SteadyState::step(const py::handle& groups, const py::handle& state, Inputs inputs,
@@ -226,7 +240,23 @@ bool SteadyState::step(const py::handle& groups, const py::handle& state, Inputs
       }
     }
   });
+  if (host_steps || any_on_device) write_own_counts(host_steps);
   return true;
+}
+
+void SteadyState::write_own_counts(bool host_steps) {
+  for (PlanStep& step : plans_) {
+    for (size_t slot = 0; slot < step.own_counts.size(); ++slot) {
+      const at::Tensor& own = step.own_counts[slot];
+      if (!own.defined() || step.grads[slot] == nullptr) continue;
+      float* const count = own.mutable_data_ptr<float>();
+      if (step.on_device) {
+        *count = step.counts[slot];  // unless the step was skipped, one more
+      } else if (host_steps) {
+        *count += 1;  // others may have counted since it was read
+      }
+    }
+  }
 }
 
 bool SteadyState::can_use(const Inputs& inputs) const {

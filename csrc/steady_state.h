@@ -35,10 +35,11 @@ class SteadyState {
  public:
   // `members` has an entry for every parameter in the groups' order, nullopt for those without
   // state. `steps` holds, for each plan, the step counts of its parameters in that order, and each
-  // one's state[p]["step"] is a view of it: on the plan's device where `on_device`, which derives
-  // its scalars there, else on the CPU. `sharded` is the class of those parameters that are spread
-  // over processes, whose own part is what is stepped; null where there are none. `sets` holds, for
-  // each plan, the sets of its parameters in that order, if they couple elements; else nothing.
+  // one's state[p]["step"] is a view of it, or one of its own in shared memory: on the plan's
+  // device where `on_device`, which derives its scalars there, else on the CPU. `sharded` is the
+  // class of those parameters that are spread over processes, whose own part is what is stepped;
+  // null where there are none. `sets` holds, for each plan, the sets of its parameters in that
+  // order, if they couple elements; else nothing.
   SteadyState(const pybind11::list& groups, const pybind11::dict& state,
               const std::vector<std::optional<Membership>>& members,
               std::vector<BoundOptions> options, std::vector<std::shared_ptr<Plan>> plans,
@@ -144,6 +145,9 @@ class SteadyState {
     at::Tensor steps;
     const c10::StorageImpl* steps_storage;
     float* counts;
+    // By slot, the counts that are not of `steps`, which other processes share; `steps` has what
+    // each was when it was last read. Empty if there are none.
+    std::vector<at::Tensor> own_counts;
     // By slot, if the sets couple elements: the sets, and the sizes and strides they are for.
     std::vector<CoupledRows> sets;
     std::vector<std::vector<int64_t>> layouts;
@@ -169,7 +173,12 @@ class SteadyState {
   bool find_objects(size_t index, PyObject* values);
   // One of those; null where it is no tensor of this process to be read.
   c10::TensorImpl* state_tensor(size_t index, StateKey::Which which);
-  bool is_count(const Member& member, const c10::TensorImpl& tensor) const;
+  bool is_count(const Member& member, const c10::TensorImpl& tensor);
+  // Whether a count is one of its own; reads it.
+  bool is_own_count(const Member& member, const c10::TensorImpl& tensor);
+  // Of a member that is being bound.
+  void find_own_count(size_t index);
+  void write_own_counts(bool host_steps);
   // Reads the multipliers of one with a set; false where they are not as they were checked.
   bool read_multipliers(size_t index, TensorEntry* entry);
   bool read_gradient(size_t index, const ParamLayout& layout, const c10::TensorImpl& gradient,
@@ -220,8 +229,13 @@ inline bool SteadyState::read_gradient(size_t index, const ParamLayout& layout,
   const Member& member = members_[index];
   const ElementType grad_type = plans_[member.plan].grad_types[member.is_complex];
   if (!layout.holds_for(gradient, grad_type)) return false;
-  // Read while it is written: the check in Python says what to do.
-  if (storage_of(gradient) == footprints_[index].param.storage) return false;
+  // Read while it is written: the check in Python says what to do. In one storage they may well lie
+  // beside each other.
+  const Footprint::Place& param = footprints_[index].param;
+  if (storage_of(gradient) == param.storage &&
+      layout.touches(*param.tensor, gradient, grad_type.bytes)) {
+    return false;
+  }
   // One without elements may have no address, and yet counts as a gradient.
   *grad = layout.numel() == 0 ? &kEmptyGradient : layout.address(gradient, grad_type.bytes);
   return true;

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from adamal_kernels import Adam, AdamAL, AdamALW, Box, NonNegative
-from adamal_kernels.backends import BACKENDS, check_request, pick
+from adamal_kernels.backends import BACKENDS, FUSED, check_request, pick
 from adamal_kernels.bucket import BucketKey, SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
+from adamal_kernels.verify import same_bits
 
 BIG = 10**400  # a number, and beyond every float
 
@@ -211,7 +212,7 @@ PARAMS: list[tuple[str, Callable[[], Tensor], dict[str, Any], type[Exception], l
             TypeError,
             ["params[1] of group 2", str(dtype), "torch.bfloat16", "convert"],
         )
-        for dtype in (torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn)
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
     ],
     (
         "empty box",
@@ -251,12 +252,102 @@ def test_parameters_that_cannot_be_stepped(
     make: Callable[[], Tensor], options: dict[str, Any], error: type[Exception], words: list[str]
 ) -> None:
     optimizer, _ = started()
-    group = {"params": [nn.Parameter(torch.ones(2)), make()], "backend": "auto", **options}
+    group = {"params": [nn.Parameter(torch.ones(2)), nn.Parameter(make())], "backend": "auto"}
     with refused(optimizer, error, *words):
-        optimizer.add_param_group(group)
+        optimizer.add_param_group({**group, **options})
     optimizer.step()
     with pytest.raises(error):
-        AdamAL([make()], **options)
+        AdamAL([nn.Parameter(make())], **options)
+
+
+FROZEN: dict[str, Callable[[], Tensor]] = {
+    "int8": lambda: torch.ones(3, dtype=torch.int8),
+    "bool": lambda: torch.ones(3, dtype=torch.bool),
+    "a number of steps": lambda: torch.tensor(0),
+    "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
+    "meta": lambda: torch.ones(3, device="meta"),
+    "a wrapper subclass": lambda: Wrapper(torch.ones(3)),
+    "overlapping": lambda: torch.ones(1).expand(3),
+    "made in inference mode": lambda: made_in_inference_mode(),
+    "complex, in a box": lambda: torch.ones(3, dtype=torch.complex64),
+    "float16, in an empty box": lambda: torch.ones(3, dtype=torch.float16),
+    "whose memory is freed": lambda: freed(),
+}
+
+
+def made_in_inference_mode() -> Tensor:
+    with torch.inference_mode():
+        return torch.ones(3)
+
+
+def freed(numel: int = 3) -> Tensor:
+    made = torch.ones(numel)
+    made.untyped_storage().resize_(0)
+    return made
+
+
+@pytest.mark.parametrize("kind", FROZEN)
+def test_what_is_frozen_is_nobodys_business(place: Place, kind: str) -> None:
+    """Neither when it is added, nor in steps, whoever takes them, nor in checkpoints."""
+    frozen = nn.Parameter(FROZEN[kind](), requires_grad=False)
+    if kind == "overlapping":
+        frozen = FROZEN[kind]()
+    found = []
+    for extra in ([], [frozen]):
+        param = nn.Parameter(torch.ones(3, device=place.device))
+        box = Box(1.0001, 1.0002) if kind == "float16, in an empty box" else Box(-1, 1)
+        optimizer = AdamAL([*extra, param], projection=box, backend=place.backend)
+        optimizer.load_state_dict(optimizer.state_dict())
+        with optimizer.watch() as watch:
+            for _ in range(3):
+                param.grad = torch.ones_like(param)
+                optimizer.step()
+            assert watch.read()[param].step == 3
+        with optimizer.step_in_backward():
+            param.sum().backward()
+        optimizer.load_state_dict(optimizer.state_dict())
+        torch._dynamo.reset()
+        step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
+        param.grad = torch.ones_like(param)
+        step()
+        found.append(param.detach())
+        assert optimizer.state[param]["step"].item() == 5
+        assert frozen not in optimizer.state
+    assert same_bits(*found)
+
+
+@pytest.mark.parametrize("kind", ["float8", "a wrapper subclass"])
+def test_what_was_frozen_is_checked_when_it_has_a_gradient(place: Place, kind: str) -> None:
+    frozen = nn.Parameter(FROZEN[kind](), requires_grad=False)
+    param = nn.Parameter(torch.ones(3, device=place.device))
+    optimizer = AdamAL([param, frozen], backend=place.backend)
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    frozen.requires_grad_()
+    optimizer.step()
+    frozen.grad = FROZEN[kind]()
+    with refused(optimizer, (TypeError, NotImplementedError), "params[1] of group 0"):
+        optimizer.step()
+
+
+def test_what_is_frozen_after_it_was_trained(place: Place) -> None:
+    """Its state stays, whatever becomes of it, and the others' steps are repeated by C++."""
+    trained, other = (nn.Parameter(torch.ones(3, device=place.device)) for _ in range(2))
+    optimizer = AdamAL([trained, other], backend=place.backend)
+    for param in (trained, other):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    trained.grad = None
+    trained.requires_grad_(False)
+    for data in (trained.data.to(torch.int8), other.data, trained.data[:1]):
+        trained.data = data
+        for _ in range(2):
+            optimizer.step()
+    assert optimizer.state[trained]["step"].item() == 1
+    assert optimizer.state[other]["step"].item() == 7
+    if place.backend in FUSED:
+        assert optimizer._plan._steady_state is not None
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -466,6 +557,18 @@ STATES: dict[str, tuple[str, Callable[[Tensor], Any], list[str]]] = {
     "a NaN step": ("step", lambda step: torch.tensor(math.nan), ["step", "nan"]),
     "an infinite step": ("step", lambda step: torch.tensor(math.inf), ["step", "inf"]),
     "a negative step": ("step", lambda step: torch.tensor(-1.0), ["step", "-1"]),
+    "a complex step": ("step", lambda step: torch.tensor(1j), ["step", "one element"]),
+    "a sparse step": ("step", lambda step: torch.ones(1).to_sparse(), ["step", "one element"]),
+    "a shared step of integers": (
+        "step",
+        lambda step: torch.ones((), dtype=torch.int64).share_memory_(),
+        ["state['step']", "shared memory", "torch.int64", "must be torch.float32"],
+    ),
+    "a shared moment of another type": (
+        "exp_avg",
+        lambda m: torch.ones(2, 3, dtype=torch.float64).share_memory_(),
+        ["state['exp_avg']", "shared memory", "torch.float64", "must be torch.float32"],
+    ),
 }
 
 
@@ -477,6 +580,52 @@ def test_replaced_state(place: Place, kind: str) -> None:
     state[name] = change(state[name])
     with refused(optimizer, ValueError, name, "params[1] of group 1", *words):
         optimizer.step()
+
+
+def test_a_step_whose_memory_is_freed(place: Place) -> None:
+    optimizer, params = started(place)
+    before = params[2].detach().clone()
+    optimizer.state[params[2]]["step"] = freed(1)
+    with pytest.raises(ValueError, match=r"state\['step'\] of params\[1\] of group 1 has been"):
+        optimizer.step()
+    assert same_bits(params[2], before)
+
+
+def inference_step() -> Tensor:
+    with torch.inference_mode():
+        return torch.tensor(7.0)
+
+
+ODD_STEPS: dict[str, Callable[[], Tensor]] = {
+    "of shape (1,)": lambda: torch.full((1,), 7.0),
+    "of integers": lambda: torch.tensor(7),
+    "made in inference mode": inference_step,
+    "that requires a gradient": lambda: torch.tensor(7.0, requires_grad=True),
+    "that is a Parameter": lambda: nn.Parameter(torch.tensor(7.0)),
+    "expanded": lambda: torch.tensor(7.0).expand(1, 1),
+}
+
+
+@pytest.mark.parametrize("backend_options", [{}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize("kind", ODD_STEPS)
+def test_odd_steps_are_counted(place: Place, kind: str, backend_options: dict[str, Any]) -> None:
+    """Whether or not their parameter has a gradient in the first step."""
+    for has_gradient in (True, False):
+        params = [nn.Parameter(torch.ones(3, device=place.device)) for _ in range(2)]
+        optimizer = AdamAL(params, backend=place.backend, **backend_options)
+        for param in params:
+            zeros = torch.zeros(3, device=place.device)
+            optimizer.state[param] = {
+                "step": ODD_STEPS[kind](),
+                "exp_avg": zeros,
+                "exp_avg_sq": zeros.clone(),
+            }
+        for step in range(3):
+            params[0].grad = torch.ones_like(params[0])
+            params[1].grad = torch.ones_like(params[1]) if step or has_gradient else None
+            optimizer.step()
+        counts = [optimizer.state[param]["step"].item() for param in params]
+        assert counts == [10, 10 if has_gradient else 9]
 
 
 def _on_meta(*names: str) -> Callable[[dict[str, Any]], None]:

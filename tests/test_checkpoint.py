@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -422,6 +423,64 @@ def test_hooks_run() -> None:
     assert saved["param_groups"][0]["lr"] == 0.1
 
 
+@pytest.mark.parametrize("prepend", [False, True])
+def test_hooks_see_and_replace_what_is_saved(prepend: bool) -> None:
+    params = new_params()
+    optimizer = AdamAL(params, projection=Box(-1, 1), lr=np.float32(0.5), **FOREACH)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    seen = []
+
+    def wrap(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        seen.append([type(saved["param_groups"][0][name]) for name in ("projection", "lr")])
+        return {"optimizer": saved, "version": 2}
+
+    def unwrap(optimizer: Optimizer, wrapped: dict[str, Any]) -> dict[str, Any]:
+        seen.append([type(wrapped["optimizer"]["param_groups"][0]["projection"])])
+        return wrapped["optimizer"]
+
+    optimizer.register_state_dict_post_hook(wrap, prepend=prepend)
+    saved = through_file(optimizer.state_dict())
+    assert list(saved) == ["optimizer", "version"]
+    other = AdamAL(new_params(), **FOREACH)
+    other.register_load_state_dict_pre_hook(unwrap, prepend=prepend)
+    other.register_load_state_dict_post_hook(
+        lambda o: seen.append([type(o.param_groups[0]["projection"])])
+    )
+    other.load_state_dict(saved)
+    assert seen == [[dict, float], [dict], [Box]]
+    assert saved["optimizer"]["state"].keys() == set(range(len(params)))
+    moments = (held["exp_avg"] for held in other.state.values())
+    assert all(map(same_bits, moments, (optimizer.state[p]["exp_avg"] for p in params)))
+
+
+def test_parameters_listed_twice_are_numbered_as_torch_does() -> None:
+    first, second, third = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    numbers = []
+    for cls in (torch.optim.Adam, Adam):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer = cls([{"params": [first, first, second]}, {"params": [third]}])
+        third.grad = torch.ones(2)
+        optimizer.step()
+        saved = optimizer.state_dict()
+        numbers.append(([group["params"] for group in saved["param_groups"]], set(saved["state"])))
+    assert numbers[0] == numbers[1]
+
+
+def test_lists_of_betas_from_json() -> None:
+    """They come back as the tuple that a step can compare."""
+    optimizer = AdamAL(new_params(), **FOREACH)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["betas"] = [0.5, 0.75]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["betas"] == (0.5, 0.75)
+    saved["param_groups"][0]["betas"] = [0.5]
+    with refused(optimizer, TypeError, "betas", "[0.5]"):
+        optimizer.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
 def test_distributed_checkpoint_functions(place: Place, trained: bool, flatten: bool) -> None:
@@ -611,6 +670,17 @@ def test_a_parameter_on_meta_is_refused() -> None:
     with pytest.raises(ValueError, match=r"parameter 0 is on meta in the optimizer.*to_empty"):
         optimizer.load_state_dict(source.state_dict())
     assert len(optimizer.state) == 0
+
+
+def test_state_of_frozen_parameters_is_loaded_whatever_they_are() -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    source = AdamAL(params, **FOREACH)
+    train(source, range(2))
+    frozen = [torch.ones(3, device="meta"), torch.ones(3, dtype=torch.int8), torch.ones(3)]
+    optimizer = AdamAL([nn.Parameter(p, requires_grad=False) for p in frozen], **FOREACH)
+    optimizer.load_state_dict(source.state_dict())
+    for held, expected in zip(optimizer.state.values(), source.state.values(), strict=True):
+        assert same_bits(held["exp_avg"], expected["exp_avg"])
 
 
 def test_a_real_moment_of_a_complex_parameter_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import doctest
 import importlib
@@ -12,11 +13,13 @@ import pkgutil
 import warnings
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from support import Place, refused
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import adamal_kernels
 from adamal_kernels import Adam, AdamAL, AdamALW, AdamW, Box, NonNegative, backends
@@ -120,6 +123,89 @@ def test_step_hooks() -> None:
     assert [name for name, _ in seen] == ["pre", "post"]
     assert not torch.equal(seen[0][1], seen[1][1])
     assert torch.equal(seen[1][1], first)
+
+
+class Counting(AdamAL):
+    """Counts its steps, as users' subclasses do."""
+
+    steps = 0
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        self.steps += 1
+        return super().step(closure)
+
+
+class CountingTwice(Counting):
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        self.steps += 1
+        return super().step(closure=closure)
+
+
+@pytest.mark.parametrize("cls", [AdamAL, Counting, CountingTwice])
+def test_hooks_of_a_subclass_that_overrides_step_run_once(cls: type[AdamAL]) -> None:
+    """And one record of the profiler is made, whatever classes have been used before."""
+    Counting([nn.Parameter(torch.ones(1))]).step()
+    param = nn.Parameter(torch.ones(2))
+    optimizer = cls([param], **OPTIONS)
+    seen = []
+    optimizer.register_step_pre_hook(lambda o, a, k: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda o, a, k: seen.append("post"))
+    everywhere = register_optimizer_step_pre_hook(lambda o, a, k: seen.append("global"))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = param.sum()
+        loss.backward()
+        return loss
+
+    with everywhere, torch.profiler.profile() as profile:
+        assert optimizer.step(closure) == 2
+    assert seen == ["global", "pre", "post"]
+    records = [e for e in profile.events() if e.name.startswith("Optimizer.step#")]
+    assert [e.name for e in records] == [f"Optimizer.step#{cls.__name__}.step"]
+    assert optimizer.state[param]["step"] == 1
+
+
+def test_hooks_run_again_after_a_step_that_raised() -> None:
+    param = nn.Parameter(torch.ones(2))
+    optimizer = Counting([param], **OPTIONS)
+    seen = []
+    optimizer.register_step_pre_hook(lambda o, a, k: seen.append("pre"))
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 1.0
+    optimizer.step()
+    assert seen == ["pre", "pre"]
+
+
+def test_schedulers_know_of_a_step_of_a_subclass() -> None:
+    """Also of one that steps by itself."""
+
+    class Own(AdamAL):
+        def step(self, closure: Callable[[], Tensor] | None = None) -> None:
+            return None
+
+    for cls in (Counting, Own):
+        optimizer = cls([nn.Parameter(torch.ones(2))], **OPTIONS)
+        schedule = lr_scheduler.StepLR(optimizer, 1)
+        optimizer.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            schedule.step()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_betas_of_any_sequence_become_a_tuple(cls: type) -> None:
+    pairs = [[0.5, 0.75], np.array([0.5, 0.75]), collections.UserList([0.5, 0.75])]
+    for pair in (*pairs, torch.tensor([0.5, 0.75])):
+        optimizer = cls([nn.Parameter(torch.ones(2))], betas=pair, **OPTIONS)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "betas": pair})
+        optimizer.defaults["betas"] = pair
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+        for group in optimizer.param_groups:
+            assert type(group["betas"]) is tuple
+            assert group["betas"] == (0.5, 0.75)
 
 
 SCHEDULERS: dict[str, Callable[[Optimizer], object]] = {

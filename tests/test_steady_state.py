@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import warnings
 from collections.abc import Callable, Sequence
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support import PLACES, Place
+from support import PLACES, Place, refused
 
 from adamal_kernels import Adam, AdamAL, Box
 from adamal_kernels import plan as plan_module
@@ -137,6 +142,17 @@ def misalign_a_gradient(optimizer: Any, params: list[torch.Tensor]) -> None:
         set_option("betas", (0.5, 0.6)),
         set_option("eps", 1e-3),
         set_option("weight_decay", 0.2),
+        set_option("betas", [0.5, 0.6]),
+        set_option("betas", np.array([0.5, 0.6])),
+        set_option("betas", (np.float32(0.5), Fraction(3, 5))),
+        set_option("betas", collections.UserList([0.5, 0.6])),
+        set_option("betas", torch.tensor([0.5, 0.6])),
+        *[
+            set_option(name, number)
+            for name in ("lr", "eps", "weight_decay")
+            for number in (1, np.float32(0.25), np.int64(1), np.array(0.3), Fraction(1, 3))
+        ],
+        set_option("lr", Decimal("0.3")),
         with_gradients_missing,
         skip_all,
         move_gradients_only,
@@ -153,6 +169,292 @@ def test_is_taken_over_without_python(
     pair.step(3)
     pair.assert_equal()
     assert len(checked) == len(SHAPES)
+
+
+# What a config, a schedule in numpy or a checkpoint from JSON brings.
+PAIRS: dict[str, Callable[[], Any]] = {
+    "a list": lambda: [0.5, 0.6],
+    "a config's list": lambda: collections.UserList([0.5, 0.6]),
+    "an array": lambda: np.array([0.5, 0.6]),
+    "an array of objects": lambda: np.array([0.5, Fraction(3, 5)], dtype=object),
+}
+
+
+def edit_first_beta(optimizer: Any, params: list[torch.Tensor]) -> None:
+    optimizer.param_groups[0]["betas"][0] = 0.25
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_betas_of_any_sequence(
+    new_pair: Callable[..., Pair], kind: str, checked: list[str]
+) -> None:
+    """A group that is added has a tuple; what is put there later may be edited in place."""
+    pair = new_pair(betas=PAIRS[kind]())
+    assert all(group["betas"] == (0.5, 0.6) for group in pair.optimizers[0].param_groups)
+    pair.step(2)
+    pair.both(lambda optimizer, params: set_option("betas", PAIRS[kind]())(optimizer, params))
+    pair.step(2)
+    pair.both(edit_first_beta)
+    pair.step(2)
+    pair.assert_equal()
+    assert len(checked) == len(SHAPES)
+
+
+def edit_numbers(optimizer: Any, params: list[torch.Tensor]) -> None:
+    optimizer.param_groups[0]["lr"][...] = 0.5
+    optimizer.param_groups[0]["eps"][...] = 0.25
+
+
+def test_numbers_that_change_in_place(new_pair: Callable[..., Pair], checked: list[str]) -> None:
+    pair = new_pair()
+    for optimizer in pair.optimizers:
+        optimizer.param_groups[0].update(lr=np.array(0.1), eps=np.array(1e-3))
+    pair.step(3)
+    pair.both(edit_numbers)
+    pair.step(2)
+    pair.assert_equal()
+    assert len(checked) == len(SHAPES)
+
+
+class Pair2(tuple):
+    """As a named tuple is: equal, and not of the same class."""
+
+
+def edit_tensor_beta(optimizer: Any, params: list[torch.Tensor]) -> None:
+    optimizer.param_groups[0]["betas"][0].fill_(0.25)
+
+
+def test_tensors_in_a_tuple_of_another_class_are_read_anew(
+    new_pair: Callable[..., Pair], checked: list[str]
+) -> None:
+    pair = new_pair()
+    for optimizer in pair.optimizers:
+        betas = Pair2(torch.tensor(beta, dtype=torch.float64) for beta in (0.5, 0.6))
+        optimizer.param_groups[0]["betas"] = betas
+    pair.step(3)
+    pair.both(edit_tensor_beta)
+    pair.step(2)
+    pair.assert_equal()
+    assert len(checked) == len(SHAPES)
+
+
+@pytest.mark.parametrize(
+    "betas", ["ab", b"\0\0", {0.5: 0, 0.6: 0}, {0.5, 0.6}, np.zeros((2, 1)), [0.5, None]], ids=str
+)
+def test_what_is_no_pair_is_refused_by_a_running_optimizer(
+    new_pair: Callable[..., Pair], betas: Any
+) -> None:
+    pair = new_pair()
+    pair.step(3)
+    pair.optimizers[0].param_groups[0]["betas"] = betas
+    with pytest.raises(TypeError, match="betas"):
+        pair.optimizers[0].step()
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_counts_in_shared_memory_stay_there(
+    place: Place, shape: tuple[int, ...], checked: list[str]
+) -> None:
+    """Of one process they are counted where the others see them, and count what those add."""
+    if place.device.type != "cpu":
+        pytest.skip("such counts are on the CPU")
+    found = []
+    for backend in (place.backend, "reference"):
+        params = [torch.ones(4, requires_grad=True) for _ in range(3)]
+        optimizer = Adam(params, lr=0.1, backend=backend)
+        placed = [torch.zeros(shape).share_memory_() for _ in params[:2]]
+        for param, count in zip(params, placed, strict=False):
+            optimizer.state[param] = {
+                "step": count,
+                "exp_avg": torch.zeros(4).share_memory_(),
+                "exp_avg_sq": torch.zeros(4).share_memory_(),
+            }
+        for step in range(6):
+            for i, param in enumerate(params):
+                param.grad = None if (i, step) == (1, 2) else torch.full((4,), step + 1.0)
+            if step == 4:
+                placed[0] += 10
+            optimizer.step()
+        assert [count.item() for count in placed] == [16, 5]
+        assert all(optimizer.state[p]["step"].is_shared() for p in params[:2])
+        assert not optimizer.state[params[2]]["step"].is_shared()
+        found.append([{"param": p, **optimizer.state[p]} for p in params])
+    assert different_values(*found) == []
+    assert len(checked) == 3
+
+
+def test_counts_that_come_to_be_shared(new_pair: Callable[..., Pair], checked: list[str]) -> None:
+    """As what is sent through a queue is, wherever it lies."""
+    pair = new_pair()
+    pair.step(2)
+    if pair.params[0][0].device.type != "cpu":
+        pytest.skip("such counts are on the CPU")
+    count = pair.optimizers[0].state[pair.params[0][0]]["step"].share_memory_()
+    pair.step(1)
+    checked.clear()
+    pair.step(2)
+    pair.assert_equal()
+    assert checked == []
+    assert count.is_shared()
+    assert count.item() == 5
+
+
+def test_a_shared_count_of_skipped_and_of_the_devices_steps(place: Place) -> None:
+    if place.device.type != "cpu":
+        pytest.skip("such counts are on the CPU")
+    for options in ({"capturable": True}, {}):
+        param = torch.ones(4, requires_grad=True)
+        optimizer = AdamAL([param], backend=place.backend, max_grad_norm=1.0, **options)
+        count = torch.zeros(()).share_memory_()
+        optimizer.state[param] = {
+            "step": count,
+            "exp_avg": torch.zeros(4),
+            "exp_avg_sq": torch.zeros(4),
+        }
+        for value in (1.0, 2.0, float("nan"), 3.0):
+            param.grad = torch.full((4,), value)
+            optimizer.step()
+        assert optimizer._plan._steady_state is not None
+        assert (count.item(), optimizer.skipped_steps.item()) == (3, 1)
+
+
+def test_what_cannot_be_bound_has_been_stepped(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next steps are checked, and as right."""
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(plan_module, "bind", fail)
+    pair = Pair(place)
+    with pytest.warns(RuntimeWarning, match="planted"):
+        pair.step(2)
+    pair.assert_equal()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    RESTING := {
+        "a count of another shape": lambda state: state.update(step=torch.zeros(1)),
+        "a count that is a number": lambda state: state.update(step=3),
+        "a count of integers": lambda state: state.update(step=torch.tensor(3)),
+        "no count": lambda state: state.pop("step"),
+        "a count on meta": lambda state: state.update(step=torch.zeros((), device="meta")),
+        "no moment": lambda state: state.pop("exp_avg"),
+        "a moment of None": lambda state: state.update(exp_avg=None),
+        "a moment of another shape": lambda state: state.update(exp_avg=torch.zeros(9)),
+        "a moment shared with the other": lambda state: state.update(exp_avg=state["exp_avg_sq"]),
+    },
+    ids=str,
+)
+def test_state_of_a_parameter_without_gradient_is_not_in_the_way(
+    place: Place, edit: str, checked: list[str]
+) -> None:
+    stepped, resting = (torch.ones(4, device=place.device, requires_grad=True) for _ in range(2))
+    optimizer = AdamAL([stepped, resting], lr=0.1, backend=place.backend)
+    for param in (stepped, resting):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    resting.grad = None
+    RESTING[edit](optimizer.state[resting])
+    checked.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            optimizer.step()
+    assert optimizer.state[stepped]["step"].item() == 4
+    assert len(checked) == 1, "the steps after the edit are repeated by C++"
+
+
+class TestCapture:
+    """torch says that a CUDA graph is being captured; here all runs at once."""
+
+    @pytest.fixture(autouse=True)
+    def capturing(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+        def set_capturing(whether: bool) -> None:
+            monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: whether)
+
+        return set_capturing
+
+    @pytest.fixture
+    def place(self) -> Place:
+        """One whose tables no launcher keeps."""
+        return Place(torch.device("cpu"), "cpu")
+
+    @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+    def test_with_a_list_of_betas(
+        self,
+        new_pair: Callable[..., Pair],
+        capturing: Callable[[bool], None],
+        max_grad_norm: float | None,
+    ) -> None:
+        pair = new_pair(capturable=True, max_grad_norm=max_grad_norm, betas=[0.5, 0.75])
+        pair.step()
+        pair.both(set_option("betas", [0.25, 0.5]))
+        steady = pair.optimizers[0]._plan._steady_state
+        capturing(True)
+        pair.step()
+        capturing(False)
+        pair.both(replace_storage)
+        pair.step(2)
+        pair.assert_equal()
+        assert pair.optimizers[0]._plan._steady_state is not steady
+        assert any(steady is kept for kept in pair.optimizers[0]._plan._captured[0])
+
+    def test_what_is_not_bound_is_refused(
+        self, new_pair: Callable[..., Pair], capturing: Callable[[bool], None]
+    ) -> None:
+        pair = new_pair(capturable=True)
+        optimizer, params = pair.optimizers[0], pair.params[0]
+        words = ("captured in a CUDA graph", "params[0] of group 0", "outside of the graph")
+        capturing(True)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with refused(optimizer, RuntimeError, *words):
+            optimizer.step()
+        capturing(False)
+        pair.step(2)
+        pair.both(replace_storage)
+        capturing(True)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with refused(optimizer, RuntimeError, *words):
+            optimizer.step()
+        capturing(False)
+        pair.step(2)
+        capturing(True)
+        pair.step(2)
+        pair.assert_equal()
+
+    def test_in_backward(self, capturing: Callable[[bool], None]) -> None:
+        for capturable in (False, True):
+            param = torch.ones(3, requires_grad=True)
+            optimizer = AdamAL([param], capturable=capturable, backend="cpu")
+            with optimizer.step_in_backward():
+                capturing(True)
+                with pytest.raises(RuntimeError, match="captured in a CUDA graph"):
+                    param.sum().backward()
+                capturing(False)
+                param.grad = None
+                param.sum().backward()
+            assert torch.equal(param.detach(), torch.full((3,), 0.999))
+
+    @pytest.mark.parametrize("backend", ["foreach", "reference"])
+    def test_the_counts_of_other_backends_are_kept(
+        self, capturing: Callable[[bool], None], backend: str
+    ) -> None:
+        param = torch.ones(3, requires_grad=True)
+        optimizer = AdamAL([param], capturable=True, backend=backend)
+        param.grad = torch.ones(3)
+        optimizer.step()
+        capturing(True)
+        optimizer.step()
+        count = optimizer.state[param]["step"]
+        optimizer.state.clear()
+        assert count.item() == 2
+        assert any(count is kept for kept in optimizer._plan._captured[0][0])
 
 
 def replace_storage(optimizer: Any, params: list[torch.Tensor]) -> None:
