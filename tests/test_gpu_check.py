@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,11 +166,12 @@ def test_failures_recorded_before_a_cut_count(check: Check) -> None:
     assert "1 failures recorded, at the end of the budget" in check.reasons["long"]
 
 
-def test_a_section_is_told_the_seconds_it_has(check: Check) -> None:
-    section = stand_in("told", 'print("told", sys.argv[1])', limit=30.0)
-    told = Section(**vars(section) | {"command": (*section.command, "{seconds}")})
-    check.run(told)
-    assert "told 26\n" in check.log.read_text()
+@pytest.mark.parametrize(("is_rest", "told"), [(False, 7), (True, 40)])
+def test_a_section_is_told_when_to_end(check: Check, is_rest: bool, told: int) -> None:
+    """By what it should take; of the rest by what is left, less what a last case takes."""
+    section = stand_in("told", 'print("told", sys.argv[1])', expected=7.0, is_rest=is_rest)
+    check.run(replace(section, command=(*section.command, "{seconds}"), limit=50.0))
+    assert f"told {told}\n" in check.log.read_text()
 
 
 def test_a_failure_stops_only_what_needs_it(

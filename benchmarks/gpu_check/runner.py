@@ -26,6 +26,8 @@ LEFT_OUT = 77
 _POLL_SECONDS = 0.05
 # What a process has to end by itself, before it is killed.
 _GRACE_SECONDS = 2.0
+# What begins just before a section's own time is over may take so long.
+_LAST_CASE_SECONDS = 10.0
 # What is kept of the budget for the table.
 _RESERVE_SECONDS = 1.0
 
@@ -53,7 +55,8 @@ class Section:
     Attributes:
         name: for ``--section`` and the table.
         title: what it finds out.
-        command: the program and its arguments; in these, ``{seconds}`` is what it may take.
+        command: the program and its arguments; in these, ``{seconds}`` is when it should end by
+            itself: ``expected``, or of the rest what is left.
         expected: seconds; it is begun only where as many are left.
         limit: seconds after which it is killed.
         needs: the names of sections without whose success it means nothing.
@@ -179,8 +182,8 @@ class Runner:
 
     def _run(self, section: Section, seconds: float) -> Outcome:
         print(f"\n== {section.name}: {section.title} ==", flush=True)
-        # It stops by itself, if it can tell, before it is stopped.
-        own = max(1, int(seconds - 2 * _GRACE_SECONDS))
+        own = seconds - _LAST_CASE_SECONDS if section.is_rest else section.expected
+        own = max(1, int(own))
         command = [argument.replace("{seconds}", str(own)) for argument in section.command]
         append(self._results, section.name, record="begin", command=command)
         results_begin = self._results.stat().st_size

@@ -70,6 +70,7 @@ def sections(machine: Machine, out: Path, python: Sequence[str]) -> list[Section
             bench(
                 f"bench-{machine.device}-headline.json",
                 *("--backend", "cuda", "--backend", "triton", "--peer", "torch-fused"),
+                *("--dtype", "float32"),
                 *only_headline,
             ),
             70,
