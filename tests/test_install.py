@@ -86,7 +86,7 @@ class Checkout:
         self.tree = folder / "tree"
         self.stand_ins = folder / "stand_ins"
         self.nvcc = folder / "cuda" / "bin" / "nvcc"
-        ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build.json", ".build-*")
         shutil.copytree(ROOT / "adamal_kernels", self.tree / "adamal_kernels", ignore=ignored)
         for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, self.tree)
