@@ -43,8 +43,11 @@ __all__ = [
 if not TYPE_CHECKING:
 
     def __getattr__(name):
+        modules = ("optimizer", "projections", "watch", "in_backward", "backends")
+        if name in modules:
+            return import_module(f".{name}", __name__)
         if name in __all__:
-            for module in ("optimizer", "projections", "watch", "in_backward", "backends"):
+            for module in modules:
                 home = import_module(f".{module}", __name__)
                 if name in home.__all__:
                     return globals().setdefault(name, getattr(home, name))

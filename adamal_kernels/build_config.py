@@ -15,6 +15,7 @@ setup.py loads this file by its path, where torch may be absent: it imports noth
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -23,9 +24,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -362,8 +361,17 @@ def jobs() -> int:
     return int(value)
 
 
-class _CompilationError(Exception):
-    """A command of the build failed."""
+def find_ninja() -> str:
+    """Return the path of ninja: the package's, else the one on PATH."""
+    try:
+        import ninja
+    except ImportError:
+        found = shutil.which("ninja")
+    else:
+        found = str(Path(ninja.BIN_DIR, "ninja"))
+    if found is None:
+        raise CannotBuildError("ninja was not found; install it: pip install ninja")
+    return found
 
 
 def compile_extensions(
@@ -375,106 +383,90 @@ def compile_extensions(
     report: Callable[[str], None],
     log: TextIO,
 ) -> dict[str, str]:
-    """Compile and link extensions, several files at a time; one that fails takes no other with it.
+    """Compile and link extensions with ninja; one that fails takes no other with it.
 
     Args:
         extensions: what to build.
         sources: the folder of their sources.
         objects: a folder for objects, of this torch alone. An object that is there is kept if it
-            was made by the same command and of files that have not changed since.
+            was made by the same command and of files that have not changed since. Other builds in
+            the same folder wait.
         output: returns the file that the extension of a name becomes.
-        report: is given a line for each file that was compiled.
-        log: takes the commands and what they print.
+        report: is given a line for each file that was made, such as ``3 of 12, 40.1 s: plan.cpp``.
+        log: takes the errors, each with its command.
 
     Returns:
         What failed, by the name of the extension.
+
+    Raises:
+        CannotBuildError: ninja is not there, or fails by itself.
     """
-    extensions = list(extensions)
+    edges = {
+        edge.output: edge
+        for extension in extensions
+        for edge in _edges(extension, sources, output(extension.name))
+    }
+    command = [find_ninja(), "-C", str(objects), "-k", "0", "-j", str(jobs())]
     objects.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
     failures: dict[str, str] = {}
-    errors: list[str] = []
-    total = sum(len(extension.sources) for extension in extensions)
-    with ThreadPoolExecutor(jobs()) as pool:
-        running: dict[Future[str], tuple[str, str]] = {
-            pool.submit(_compile, extension, sources / source, _object(objects, source)): (
-                extension.name,
-                source,
-            )
-            for extension in extensions
-            for source in extension.sources
-        }
-        try:
-            for done, future in enumerate(as_completed(running), 1):
-                name, source = running[future]
-                if future.cancelled():
+    with open(objects / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (objects / "build.ninja").write_text("".join(edge.text for edge in edges.values()))
+        with subprocess.Popen(
+            command,
+            env={**os.environ, "NINJA_STATUS": "%f of %t, %e s: "},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as ninja:
+            for line in ninja.stdout or ():
+                if re.match(r"\d+ of \d+, ", line):
+                    report(line.rstrip("\n"))
                     continue
-                try:
-                    log.write(future.result())
-                except (_CompilationError, OSError) as error:
-                    errors.append(f"{error}\n")
-                    failures.setdefault(name, f"{source} does not compile")
-                    for other, (extension, _) in running.items():
-                        if extension == name:
-                            other.cancel()
-                log.flush()
-                elapsed = round(time.monotonic() - begin)
-                report(f"{done:{len(str(total))}} of {total}, {elapsed} s: {source}")
-        except BaseException:  # Ctrl-C: what has not begun never shall.
-            pool.shutdown(cancel_futures=True)
-            raise
-    for extension in extensions:
-        if extension.name in failures:
-            continue
-        made = [str(_object(objects, source)) for source in extension.sources]
-        file = output(extension.name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        command = [*extension.link, *made, *extension.libraries, "-o", str(file)]
-        try:
-            log.write(_run(command))
-        except (_CompilationError, OSError) as error:
-            errors.append(f"{error}\n")
-            failures[extension.name] = "it does not link"
-    log.writelines(errors)  # Last, where they are looked for.
+                log.write(line)
+                if line.startswith("FAILED: "):
+                    edge = edges[line.split()[-1]]
+                    failures.setdefault(edge.extension, edge.failure)
     log.flush()
+    if ninja.returncode and not failures:
+        raise CannotBuildError(f"ninja ended with status {ninja.returncode}")
     return failures
 
 
-def _object(objects: Path, source: str) -> Path:
-    return objects / f"{source}.o"
+class _Edge(NamedTuple):
+    """What makes one file."""
+
+    output: str
+    extension: str
+    failure: str
+    text: str
+    """In ninja's language."""
 
 
-def _compile(extension: Extension, source: Path, made: Path) -> str:
-    """Compile a source unless its object is up to date; return what the compiler printed."""
-    command = [*extension.compile, "-c", str(source), "-o"]
-    text = shlex.join(command)
-    recipe = made.with_suffix(".command")
-    if _up_to_date(made, recipe, text):
-        return f"{source.name}: unchanged\n"
-    recipe.unlink(missing_ok=True)
-    # Under a name of its own: another build in the same folder may be at this file, too.
-    new = made.with_suffix(f".{os.getpid()}.o")
-    dependencies = made.with_suffix(f".{os.getpid()}.d")
-    printed = _run([*command, str(new), "-MMD", "-MF", str(dependencies)])
-    rule = dependencies.read_text().replace("\\\n", " ")
-    dependencies.unlink()
-    os.replace(new, made)
-    recipe.write_text("\n".join([text, *rule.partition(": ")[2].split()]))
-    return printed
+def _edges(extension: Extension, sources: Path, made: Path) -> Iterable[_Edge]:
+    """Yield what compiles an extension's sources, and what links it into ``made``."""
+    rule = f"{extension.name}_compile"
+    command = f"{_escaped(extension.compile)} -c $in -o $out -MMD -MF $out.d"
+    text = f"rule {rule}\n  command = {command}\n  depfile = $out.d\n  deps = gcc\n"
+    objects = [f"{source}.o" for source in extension.sources]
+    for source, target in zip(extension.sources, objects, strict=True):
+        text += f"build {target}: {rule} {_path(sources / source)}\n  description = {source}\n"
+        yield _Edge(target, extension.name, f"{source} does not compile", text)
+        text = ""
+    rule = f"{extension.name}_link"
+    command = f"{_escaped(extension.link)} $in {_escaped(extension.libraries)} -o $out"
+    yield _Edge(
+        str(made),
+        extension.name,
+        "it does not link",
+        f"rule {rule}\n  command = {command}\n  description = {made.name}\n"
+        f"build {_path(made)}: {rule} {' '.join(objects)}\n",
+    )
 
 
-def _up_to_date(made: Path, recipe: Path, command: str) -> bool:
-    try:
-        last, *dependencies = recipe.read_text().splitlines()
-        age = made.stat().st_mtime_ns
-        return last == command and all(os.stat(path).st_mtime_ns < age for path in dependencies)
-    except (OSError, ValueError):
-        return False
+def _escaped(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    text = f"{shlex.join(command)}\n{done.stdout}"
-    if done.returncode:
-        raise _CompilationError(f"{text}exit status {done.returncode}")
-    return text
+def _path(path: Path) -> str:
+    return re.sub(r"[$ :]", r"$\g<0>", str(path))
