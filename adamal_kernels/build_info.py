@@ -168,7 +168,7 @@ def why_not_importable(name: Name) -> str | None:
     module = f"{__package__}.{name}"
     if not record.built:
         return f"{module} was not built: {record}"
-    remedy = f"to build it anew, run: {build_command()}"
+    remedy = f"to build it, run: {build_command()}"
     if reason := why_unfit(record):
         return f"{module} {reason}; {remedy}"
     try:
