@@ -78,7 +78,7 @@ class ExtensionRecord(NamedTuple):
 
     def __str__(self) -> str:
         if not self.built:
-            return self.reason
+            return f"{self.reason}; to build it, run: {self.command}"
         made_for = [f"Python {self.python}"]
         if self.torch is not None:
             made_for.insert(0, f"torch {self.torch}")
@@ -146,7 +146,7 @@ def load_extension(name: Name) -> ModuleType:
             return module
         record = extension_record(name)
         if not record.built:
-            raise ImportError(f"{full_name} was not built: {record.reason}")
+            raise ImportError(f"{full_name} was not built: {record}")
         if reason := why_unfit(record):
             raise ImportError(f"{full_name} {reason}")
         spec = spec_from_file_location(full_name, record.folder / extension_file(name))
@@ -166,9 +166,9 @@ def why_not_importable(name: Name) -> str | None:
         return None
     record = extension_record(name)
     module = f"{__package__}.{name}"
-    remedy = f"run: {build_command()}"
     if not record.built:
-        return f"{module} was not built: {record.reason}; {remedy}"
+        return f"{module} was not built: {record}"
+    remedy = f"to build it, run: {build_command()}"
     if reason := why_unfit(record):
         return f"{module} {reason}; {remedy}"
     try:
@@ -193,7 +193,7 @@ def record_in(folder: Path, name: str) -> ExtensionRecord:
                 reason += (
                     f"; a built copy is installed at {copy}: to use it, run outside of this tree, "
                     "or `adamal` in place of `python -m adamal_kernels`; to have both in one, "
-                    "pip install --no-build-isolation -e .; to build here"
+                    "pip install --no-build-isolation -e ."
                 )
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"its build record {path} is unreadable ({error})"

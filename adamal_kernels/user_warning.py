@@ -34,7 +34,11 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     neither this package's nor torch's; in a thread of torch's own, the caller.
 
     Example:
-        >>> warn_user("this line is named")
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     warn_user("this line is named")
+        >>> str(caught[0].message)
+        'this line is named'
     """
     frame = (
         _innermost((_OURS, "<frozen ", *_LIBRARIES))

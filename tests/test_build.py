@@ -5,6 +5,7 @@ The sources are one trivial module an extension; torch, the compiler and the imp
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -268,6 +269,41 @@ def test_pip_removes_what_was_built(package: Package, monkeypatch: pytest.Monkey
     assert record.read_text().splitlines()[2:] == [added]
     package.build("--force")
     assert record.read_text().splitlines()[2:] == [added]
+
+
+def test_only_what_changed_is_compiled_again(tmp_path: Path) -> None:
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    (sources / "one.h").write_text("")
+    (sources / "one.cpp").write_text('#include "one.h"\n')
+    (sources / "two.cpp").write_text("")
+
+    def compiled(flag: str) -> set[str]:
+        log = io.StringIO()
+        made = build_config.Extension("x", ["c++", "-fPIC", flag], ["c++", "-shared"], [], {})
+        failures = build_config.compile_extensions(
+            [made],
+            sources,
+            tmp_path / "objects",
+            lambda name: tmp_path / name,
+            report=lambda line: None,
+            log=log,
+        )
+        assert failures == {}
+        assert (tmp_path / "x").exists()
+        unchanged = {line.partition(":")[0] for line in log.getvalue().splitlines()}
+        return {"one.cpp", "two.cpp"} - unchanged
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setitem(build_config.SOURCES, "x", ["one.cpp", "two.cpp"])
+        assert compiled("-O0") == {"one.cpp", "two.cpp"}
+        assert compiled("-O0") == set()
+        (sources / "one.h").write_text("// changed")
+        assert compiled("-O0") == {"one.cpp"}
+        assert compiled("-O1") == {"one.cpp", "two.cpp"}
+        (sources / "one.h").unlink()
+        (sources / "one.cpp").write_text("")
+        assert compiled("-O1") == {"one.cpp"}
 
 
 def test_two_at_once_in_a_source_tree(tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def test_an_extension_for_another_torch_is_named_as_such(recorded: Recorder) -> 
     reason = build_info.why_not_importable("_C")
     for part in ("built for torch 1.2.3+cu99", f"this is torch {torch.__version__}"):
         assert part in reason
-    assert reason.endswith("; run: adamal build")
+    assert reason.endswith("run: adamal build")
     with pytest.raises(ImportError, match="this is torch"):
         build_info.load_extension("_C")
 
@@ -362,8 +362,9 @@ def test_in_the_source_tree_an_installed_copy_is_pointed_at(
     installed.mkdir(parents=True)
     (tmp_path / build_info.RECORD).rename(installed / build_info.RECORD)
     monkeypatch.setattr(build_info, "PACKAGE", tree)
+    monkeypatch.setattr(sys, "path", [str(tree.parent)])
     assert "installed" not in build_info.why_not_importable("_C")
-    monkeypatch.setattr(sys, "path", [str(tree.parent), str(installed.parent)])
+    sys.path.append(str(installed.parent))
     reason = build_info.why_not_importable("_C")
     for part in ("source tree", f"a built copy is installed at {installed}", "`adamal`", "-e ."):
         assert part in reason
