@@ -118,6 +118,8 @@ def overlapping_pair(
 
 def _reach(tensor: Tensor, below: float = float("inf")) -> int:
     """How far the last element lies from the first, along dimensions of strides ``below``."""
+    if below == float("inf") and tensor.is_contiguous():
+        return tensor.numel() - 1
     return sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s < below)
 
 
