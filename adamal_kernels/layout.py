@@ -149,6 +149,8 @@ _MOST_VISITS = 2000
 
 def _reach(tensor: Tensor) -> int:
     """How far the last element lies from the first."""
+    if tensor.is_contiguous():
+        return tensor.numel() - 1
     return sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 

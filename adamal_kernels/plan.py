@@ -45,6 +45,7 @@ from .options import GroupOptions
 from .rounding import rounded_sqrt
 from .split_rows import Stepped, project_split_rows
 from .steady_state import Binding, bind, bound_places
+from .unchanged import LastStep
 from .watch_records import WatchRecords
 
 __all__ = ["Plan"]
@@ -69,6 +70,7 @@ class Plan:
         """Make a plan with nothing bound."""
         self._workspaces: dict[tuple[str, BucketKey], dict[str, Any]] = {}
         self._steady_state: Any | None = None
+        self._last_step: LastStep | None = None
         self._bound_spreads: list[Any] = []
         self._spreads: list[Any] = []  # of all parameters, whether or not they have gradients
         self._captured: list[Any] = []
@@ -166,6 +168,8 @@ class Plan:
         self._spreads = list(
             dict.fromkeys(mesh_and_placements(p) for group in param_groups for p in group["params"])
         )
+        if repeats and self._step_unchanged(param_groups, options, state, inputs):
+            return
         entries = [
             check_entry(param, options[g], f"params[{i}] of group {g}", state, inputs)
             for g, group in enumerate(param_groups)
@@ -183,19 +187,51 @@ class Plan:
         # Collectives, in the order of the parameters: nothing before them differs in a way that
         # would keep some processes from taking part.
         rounds = [[_with_own_gradient(entry) for entry in of_round] for of_round in rounds]
-        in_place = [self._step_entries(of_round, state, inputs) for of_round in rounds]
+        stepped = [self._step_entries(of_round, state, inputs) for of_round in rounds]
         if is_captured:
             self._keep_for_graph([state[entry.owner]["step"] for entry in entries])
-        elif in_place == [True] and repeats:
+        elif repeats and len(stepped) == 1 and stepped[0] is not None:
             self._steady_state = self._bind(param_groups, options, state, rounds[0])
+            if self._records is None and LastStep.is_repeatable(entries):
+                self._last_step = LastStep(param_groups, options, entries, state, *stepped[0])
+
+    def _step_unchanged(
+        self,
+        param_groups: list[dict[str, Any]],
+        options: Sequence[GroupOptions],
+        state: MutableMapping[Tensor, dict[str, Any]],
+        inputs: StepInputs,
+    ) -> bool:
+        """Step again what the last checked step stepped, if that is unchanged."""
+        last, self._last_step = self._last_step, None
+        if last is None or self._records is not None:
+            return False
+        found = last.find(param_groups, options, state)
+        if found is None:
+            return False
+        self._last_step = last
+        inputs = self._complete(inputs, last.with_gradients(found))
+        factor, skip = inputs.factor_on_host()
+        if skip:
+            if inputs.skipped_steps is not None:
+                inputs.skipped_steps.add_(1)
+            return True
+        for backend, bucket in last.bucketed(found, options, factor):
+            backend.step(bucket)
+        _count(last.steps)
+        return True
 
     def _step_entries(
         self,
         entries: Sequence[Entry],
         state: MutableMapping[Tensor, dict[str, Any]],
         inputs: StepInputs,
-    ) -> bool:
-        """Step checked entries; return whether all were stepped in place, without copies."""
+    ) -> tuple[list[tuple[Backend, Bucket]], list[Bucket]] | None:
+        """Step checked entries.
+
+        Returns:
+            The buckets and that of each entry, if all were stepped in place, without copies.
+        """
         buckets: dict[tuple[str, BucketKey], tuple[Backend, Bucket]] = {}
         bucket_of = []
         in_place = True
@@ -215,7 +251,7 @@ class Plan:
             if skip:
                 if inputs.skipped_steps is not None:
                     inputs.skipped_steps.add_(1)
-                return False
+                return None
 
         write_backs: list[_WriteBack] = []
         steps = []
@@ -252,11 +288,10 @@ class Plan:
             torch.autograd.graph.increment_version(owners)
         for write_back in write_backs:
             write_back.source.copy_(write_back.dense)
-        if steps:
-            torch._foreach_add_(steps, 1)
+        _count(steps)
         if buckets:
             self.backends_used = tuple(sorted({name for name, _ in buckets}))
-        return in_place and not write_backs
+        return (list(buckets.values()), bucket_of) if in_place and not write_backs else None
 
     def _append_records(self, entries: Sequence[Entry], bucket_of: Sequence[Bucket]) -> None:
         """Append the records of each entry to its bucket."""
@@ -423,6 +458,13 @@ def _check_can_be_captured(entry: Entry) -> None:
             "gradients and options to be captured, and then capture. Strided parameters, which "
             "are stepped as copies, can be captured with backend='foreach'"
         )
+
+
+def _count(steps: Sequence[Tensor]) -> None:
+    """Add 1 to each count, all on the CPU."""
+    if steps:
+        # A tensor: of a number each operator makes one.
+        torch._foreach_add_(steps, [torch.ones((), device="cpu")] * len(steps))
 
 
 def _rounds(entries: Sequence[Entry]) -> list[list[Entry]]:

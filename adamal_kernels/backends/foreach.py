@@ -16,6 +16,7 @@ from ..hyperparameters import StepScalars, derive_step_scalars
 from ..rounding import rounded_sqrt
 from ..watch_records import record_steps
 from .device_scalars import device_rows
+from .foreach_cpu import step_in_pieces
 
 __all__ = ["ForeachBackend"]
 
@@ -106,6 +107,9 @@ class ForeachBackend:
 
         ``known`` has numbers wherever the host knows them: it tells which terms are left out.
         """
+        if bucket.key.device.type == "cpu" and bucket.device_scalars is None:
+            step_in_pieces(bucket)
+            return
         dtype = compute_dtype(bucket.key.dtypes.param)
         grads = torch._foreach_mul(
             [grad.to(dtype) for grad in bucket.grads], [row.grad_factor for row in rows]

@@ -1,0 +1,164 @@
+"""The formula on a CPU by eager operators, in pieces whose temporaries stay in the cache.
+
+An operator costs a microsecond or more whatever it works on, and reads and writes main memory
+where its tensors are larger than the cache. So small tensors are packed, many to a piece, and
+large ones stepped where they lie, a slice at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..bucket import Bucket, SecondMoment
+from ..dtypes import compute_dtype
+from ..hyperparameters import StepScalars
+
+__all__ = ["step_in_pieces"]
+
+# at::internal::GRAIN_SIZE: the fewest elements that torch gives a thread of their own.
+_PER_THREAD = 1 << 15
+# From here on a copy there and back costs more than operators on a tensor of its own.
+_LARGE = 1 << 14
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+# Rows of the scratch memory. Those of a bucket's columns are for what is packed or cast.
+_FIRST, _SECOND, _PARAM, _GRAD = range(4)
+_ROWS = 7
+
+
+def step_in_pieces(bucket: Bucket) -> None:
+    """Step a bucket on a CPU whose scalars are numbers.
+
+    Beyond the tensors it needs seven pieces of memory, which the bucket's workspace keeps; a piece
+    has 32 768 elements a thread.
+    """
+    dtype = compute_dtype(bucket.key.dtypes.param)
+    table = torch.tensor(bucket.scalars, dtype=dtype, device="cpu")
+    known = [StepScalars(*row) for row in table.tolist()]
+    size = _PER_THREAD * torch.get_num_threads()
+    scratch = bucket.workspace.get("scratch")
+    if scratch is None or scratch.shape[1] != size:
+        scratch = torch.empty((_ROWS, size), dtype=dtype, device="cpu")
+        bucket.workspace["scratch"] = scratch
+    with np.errstate(invalid="ignore"):
+        for row, columns in _pieces(bucket, size):
+            numels = [part.numel() for part in columns[0]]
+            memory = scratch[:, : sum(numels)].unbind()
+            values = [
+                _packed(parts, into) for parts, into in zip(columns, memory[_PARAM:], strict=False)
+            ]
+            scalars = StepScalars(*table[row].unbind())
+            _step(values, scalars, known[row], bucket.key.second_moment, memory)
+            for index, (parts, value) in enumerate(zip(columns, values, strict=True)):
+                if value is not parts[0] and _PARAM + index != _GRAD:
+                    torch._foreach_copy_(parts, value.split(numels))
+
+
+def _pieces(bucket: Bucket, size: int) -> Iterator[tuple[int, list[list[Tensor]]]]:
+    """Yield the index of a piece's scalars and its columns: parts of parameters, gradients, ...
+
+    Every part is flat, in memory order.
+    """
+    columns = [bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs]
+    if bucket.max_exp_avg_sqs:
+        columns.append(bucket.max_exp_avg_sqs)
+    packs: dict[int, list[list[Tensor]]] = {}
+    packed: dict[int, int] = {}
+    for row, *tensors in zip(bucket.rows, *columns, strict=True):
+        numel = tensors[0].numel()
+        flat = [t if t.dim() == 1 else t.as_strided((numel,), (1,)) for t in tensors]
+        if numel >= _LARGE:
+            count = -(-numel // size)
+            parts = zip(*(t.split(-(-numel // count)) for t in flat), strict=True)
+            yield from ((row, [[part] for part in slices]) for slices in parts)
+            continue
+        if packed.get(row, 0) + numel > size:
+            yield row, packs.pop(row)
+            packed[row] = 0
+        pack = packs.setdefault(row, [[] for _ in columns])
+        for parts_of_column, tensor in zip(pack, flat, strict=True):
+            parts_of_column.append(tensor)
+        packed[row] = packed.get(row, 0) + numel
+    yield from packs.items()
+
+
+def _packed(parts: Sequence[Tensor], into: Tensor) -> Tensor:
+    """Return the parts as one tensor of the compute type: itself, where it is one already."""
+    if len(parts) > 1:
+        return torch.cat(parts, out=into)
+    return parts[0] if parts[0].dtype == into.dtype else into.copy_(parts[0])
+
+
+def _step(
+    values: Sequence[Tensor],
+    s: StepScalars,
+    known: StepScalars,
+    second_moment: SecondMoment,
+    memory: Sequence[Tensor],
+) -> None:
+    """Step a piece in place, all but its gradient.
+
+    Only operators of one rounding are used, or of more that no compiler can contract to one. What
+    changes nothing, such as a product with 1, is left out: ``known`` tells, in numbers.
+
+    Args:
+        values: parameter, gradient and moments, flat and of the compute type.
+        s: 0-dimensional tensors: operators take them faster than numbers.
+        known: the same as numbers.
+        second_moment: how the second moment moves.
+        memory: rows of scratch memory, of the piece's size.
+    """
+    p, g, m, v, *maximum = values
+    a, b = memory[_FIRST], memory[_SECOND]
+    if known.grad_factor != 1:
+        g = torch.mul(g, s.grad_factor, out=memory[_GRAD])
+    if known.coupled_decay != 0:
+        g = torch.add(g, torch.mul(p, s.coupled_decay, out=a), out=memory[_GRAD])
+    if known.decay_factor != 1:
+        p.mul_(s.decay_factor)
+
+    m.add_(torch.sub(g, m, out=a).mul_(s.one_minus_beta1))
+
+    g2 = torch.mul(g, g, out=a)
+    if second_moment is SecondMoment.MONOTONE:
+        # By what v falls, negated growth: less 0 where it does not grow, -0 stays -0.
+        fall = torch.sub(v, g2, out=b).mul_(s.one_minus_beta2)
+        v.sub_(_zero_unless(torch.gt(g2, v, out=a), fall))
+    else:
+        v.mul_(s.beta2).add_(g2.mul_(s.one_minus_beta2))
+    for largest in maximum:
+        _replace_where(torch.gt(v, largest, out=a), largest, v, b)
+        v = largest
+
+    np.sqrt(v.numpy(), out=a.numpy())  # Torch's own does not round to nearest.
+    d = a if known.bias2_sqrt == 1 else a.div_(s.bias2_sqrt)
+    d.add_(s.eps)
+    quotient = torch.div(m, d, out=b)
+    if known.eps == 0:
+        # Gradient and moments all zero: the parameter stays.
+        quotient.masked_fill_((m == 0) & (d == 0), 0.0)
+    p.sub_(quotient.mul_(s.step_size))
+
+    if known.lower > -np.inf:
+        _replace_where(torch.gt(s.lower, p, out=a), p, s.lower, b)
+    if known.upper < np.inf:
+        _replace_where(torch.gt(p, s.upper, out=a), p, s.upper, b)
+
+
+def _zero_unless(condition: Tensor, values: Tensor) -> Tensor:
+    """Set ``values`` to 0 where ``condition`` is 0; keep their bits where it is 1.
+
+    What ``torch.where`` does, which on CPUs takes an element at a time, and mispredicts.
+    """
+    return torch.ops.aten.threshold_backward.grad_input(values, condition, 0, grad_input=values)
+
+
+def _replace_where(condition: Tensor, target: Tensor, value: Tensor, memory: Tensor) -> None:
+    """Set ``target`` to ``value`` where ``condition`` is 1 and not 0, bit by bit."""
+    bits = _BITS[target.dtype]
+    change = torch.sub(value.view(bits), target.view(bits), out=memory.view(bits))
+    target.view(bits).add_(_zero_unless(condition.view(bits), change))
