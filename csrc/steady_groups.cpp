@@ -37,7 +37,7 @@ bool is_mutable(PyObject* value) {
   }
   if (PyFloat_CheckExact(value) || PyLong_Check(value)) return false;
   static PyObject* const numpy_scalar =
-      py::module_::import("numpy").attr("generic").release().ptr();
+      py::object(py::module_::import("numpy").attr("generic")).release().ptr();
   return !PyObject_TypeCheck(value, reinterpret_cast<PyTypeObject*>(numpy_scalar));
 }
 

@@ -11,9 +11,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-from adamal_kernels.build_info import extension_record, why_not_importable
+from adamal_kernels.build_config import source_folder, sources_digest
+from adamal_kernels.build_info import PACKAGE, extension_record, why_not_importable
 
 from .runner import ROOT
 
@@ -33,32 +33,22 @@ def main() -> int:
     # What make built there, for its own Python, is replaced here.
     (ROOT / ".venv" / ".built").unlink(missing_ok=True)
     environment = os.environ | {"ADAMAL_BUILD": "cuda", "ADAMAL_CUDA_ARCHS": arch}
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    if status := subprocess.run(command, cwd=ROOT, env=environment).returncode:
-        return status
-    # In a new process: this one may have imported what was there before.
-    check = (
-        "import sys; from adamal_kernels.build_info import why_not_importable as why; "
-        f"sys.exit('; '.join(filter(None, map(why, {_EXTENSIONS}))))"
-    )
-    return subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode
+    command = [sys.executable, "-m", "adamal_kernels", "build"]
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
 def why_unfit(arch: str) -> Iterator[str]:
     """Yield why the extensions that are there cannot be used: none, where they can.
 
-    They fit if they import, which asks for the series of torch and Python that was recorded, hold
-    code for ``arch``, and no source is newer.
+    They fit if they import, which asks for the series of torch and Python that was recorded, were
+    made of the sources that are there, and hold code for ``arch``.
     """
-    sources = [*(ROOT / "csrc").iterdir(), ROOT / "setup.py"]
-    newest = max(path.stat().st_mtime for path in sources)
+    sources = sources_digest(source_folder(PACKAGE))
     for name in _EXTENSIONS:
         if reason := why_not_importable(name):
             yield reason
-            continue
-        file = Path(sys.modules[f"adamal_kernels.{name}"].__file__ or "")
-        if file.stat().st_mtime < newest:
-            yield f"{name}: a source is newer than {file.name}"
+        elif extension_record(name).sources != sources:
+            yield f"{name} was made of other sources"
     archs = extension_record("_cuda").archs
     if arch.replace(".", "") not in archs:
         yield f"_cuda holds code for {', '.join(archs) or 'nothing'}, this GPU is {arch}"
