@@ -31,7 +31,9 @@ def _forward(value: Tensor) -> Tensor:
     if value.device.type != "cpu":
         return torch.sqrt(value)
     with np.errstate(invalid="ignore"):
-        return torch.from_numpy(np.asarray(np.sqrt(value.detach().contiguous().numpy())))
+        return torch.from_numpy(
+            np.asarray(np.sqrt(value.detach().resolve_neg().contiguous().numpy()))
+        )
 
 
 class _RoundedSqrt(torch.autograd.Function):

@@ -14,6 +14,7 @@ from support import PLACES, Place, name_of
 
 from adamal_kernels import info
 from adamal_kernels.backends import BACKENDS, native, pick
+from adamal_kernels.backends.foreach import ForeachBackend
 from adamal_kernels.bucket import BucketKey, SecondMoment
 from adamal_kernels.build_info import ExtensionRecord, extension_record
 from adamal_kernels.cases import Case, cases
@@ -51,6 +52,24 @@ def test_cases(place: Place, second_moment: SecondMoment, dtypes: DtypePair) -> 
             wrong[case.variant] = names
     assert mine
     assert wrong == {}
+
+
+@pytest.mark.parametrize("second_moment", SecondMoment, ids=lambda kind: kind.name.lower())
+def test_foreach_calls_over_lists_give_the_same_bits_on_cpus(
+    second_moment: SecondMoment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other devices take them, CPUs only where the scalars are the device's."""
+    monkeypatch.setattr(ForeachBackend, "_steps_in_pieces", lambda self, bucket: False)
+    device = torch.device("cpu")
+    dtypes = DtypePair(torch.float32, torch.float32)
+    mine = [c for c in cases() if (c.dtypes, c.second_moment) == (dtypes, second_moment)]
+    wrong = [
+        case.name
+        for case in mine
+        if different_values(run_case(case, "foreach", device), reference(case, device))
+    ]
+    assert mine
+    assert wrong == []
 
 
 def test_case_names_are_unique() -> None:

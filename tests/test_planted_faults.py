@@ -474,15 +474,63 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
             "torch.where(p < lower, lower, torch.where(p > upper, upper, p))",
             "torch.where(p >= lower, torch.where(p > upper, upper, p), lower)",
         ),
-        "test_backends.py::test_cases[float32-monotone-foreach-cpu]",
+        "test_backends.py::test_foreach_calls_over_lists_give_the_same_bits_on_cpus[monotone]",
     ),
     "foreach divides zero by zero": (
         Fault(
-            "adamal_kernels/backends/foreach.py",
-            "torch.where((m == 0) & (d == 0), 0.0, quotients[i])",
-            "quotients[i]",
+            "adamal_kernels/backends/foreach_cpu.py",
+            "if known.eps == 0:",
+            "if known.eps < 0:",
         ),
         "test_algorithm1.py::test_zero_by_zero_stays",
+    ),
+    "a piece's v takes a NaN": (
+        Fault(
+            "adamal_kernels/backends/foreach_cpu.py",
+            "v.sub_(_keep_where(torch.gt(g2, v, out=a), fall))",
+            "v.sub_(fall.clamp_max_(0))",
+        ),
+        "test_backends.py::test_cases[float32-monotone-foreach-cpu]",
+    ),
+    "a piece takes torch's own root": (
+        Fault(
+            "adamal_kernels/backends/foreach_cpu.py",
+            "np.sqrt(v.numpy(), out=a.numpy())",
+            "torch.nextafter(torch.sqrt(v), v, out=a)",
+        ),
+        "test_backends.py::test_cases[float32-monotone-foreach-cpu]",
+    ),
+    "a packed parameter is not written back": (
+        Fault(
+            "adamal_kernels/backends/foreach_cpu.py",
+            "_PARAM + index != _GRAD:",
+            "_PARAM + index > _GRAD:",
+        ),
+        "test_backends.py::test_cases[float32-monotone-foreach-cpu]",
+    ),
+    "an unchanged step's gradient may lie in what it writes": (
+        Fault("adamal_kernels/unchanged.py", " or self._touch(grads):", ":"),
+        "test_memory.py::test_a_gradient_that_lies_in_a_parameter_is_refused[2-foreach-cpu]",
+    ),
+    "an unchanged step has the moments of the last one": (
+        Fault("adamal_kernels/unchanged.py", " or not _are_same(held, self._held):", ":"),
+        "test_plan.py::test_nothing_is_stale[moment replaced-cpu-cpu]",
+    ),
+    "an unchanged step has the parameters of the last one": (
+        Fault(
+            "adamal_kernels/unchanged.py",
+            "list(map(Tensor.data_ptr, self._written)) != self._addresses",
+            "False",
+        ),
+        "test_plan.py::test_nothing_is_stale[parameter's data replaced-cpu-cpu]",
+    ),
+    "an unchanged step has the set of the last one": (
+        Fault(
+            "adamal_kernels/unchanged.py",
+            "list(map(_selects_code, options)) != self._kinds",
+            "len(options) != len(self._kinds)",
+        ),
+        "test_plan.py::test_nothing_is_stale[projection-cpu-cpu]",
     ),
     "verify finds nothing": (
         Fault(

@@ -22,7 +22,7 @@ __all__ = ["ForeachBackend"]
 
 
 class ForeachBackend:
-    """All tensors of a bucket by one foreach call an operation.
+    """All tensors of a bucket by one foreach call an operation; on CPUs in pieces, packed.
 
     Only foreach operators of one rounding are used: ``_foreach_lerp_``, ``_foreach_addcdiv_`` and
     ``alpha=`` may contract two operations into one.
@@ -107,7 +107,7 @@ class ForeachBackend:
 
         ``known`` has numbers wherever the host knows them: it tells which terms are left out.
         """
-        if bucket.key.device.type == "cpu" and bucket.device_scalars is None:
+        if self._steps_in_pieces(bucket):
             step_in_pieces(bucket)
             return
         dtype = compute_dtype(bucket.key.dtypes.param)
@@ -153,6 +153,10 @@ class ForeachBackend:
                 p = params[i]
                 params[i] = torch.where(p < lower, lower, torch.where(p > upper, upper, p))
         torch._foreach_copy_(bucket.params, params)
+
+    @staticmethod
+    def _steps_in_pieces(bucket: Bucket) -> bool:
+        return bucket.key.device.type == "cpu" and bucket.device_scalars is None
 
     @staticmethod
     def _second_moments(

@@ -23,7 +23,7 @@ __all__ = ["step_in_pieces"]
 _PER_THREAD = 1 << 15
 # From here on a copy there and back costs more than operators on a tensor of its own.
 _LARGE = 1 << 14
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+_THRESHOLD_BACKWARD = torch.ops.aten.threshold_backward.grad_input
 
 # Rows of the scratch memory. Those of a bucket's columns are for what is packed or cast.
 _FIRST, _SECOND, _PARAM, _GRAD = range(4)
@@ -125,9 +125,9 @@ def _step(
 
     g2 = torch.mul(g, g, out=a)
     if second_moment is SecondMoment.MONOTONE:
-        # By what v falls, negated growth: less 0 where it does not grow, -0 stays -0.
+        # Growth, negated: where there is none 0 is subtracted, which leaves a v of -0 as it is.
         fall = torch.sub(v, g2, out=b).mul_(s.one_minus_beta2)
-        v.sub_(_zero_unless(torch.gt(g2, v, out=a), fall))
+        v.sub_(_keep_where(torch.gt(g2, v, out=a), fall))
     else:
         v.mul_(s.beta2).add_(g2.mul_(s.one_minus_beta2))
     for largest in maximum:
@@ -149,16 +149,19 @@ def _step(
         _replace_where(torch.gt(p, s.upper, out=a), p, s.upper, b)
 
 
-def _zero_unless(condition: Tensor, values: Tensor) -> Tensor:
-    """Set ``values`` to 0 where ``condition`` is 0; keep their bits where it is 1.
+def _keep_where(condition: Tensor, values: Tensor) -> Tensor:
+    """Set ``values`` to 0 where ``condition`` is 0; leave their bits where it is 1.
 
-    What ``torch.where`` does, which on CPUs takes an element at a time, and mispredicts.
+    ``torch.where`` does so too, but on CPUs an element at a time, and mispredicts.
     """
-    return torch.ops.aten.threshold_backward.grad_input(values, condition, 0, grad_input=values)
+    return _THRESHOLD_BACKWARD(values, condition, 0, grad_input=values)
 
 
 def _replace_where(condition: Tensor, target: Tensor, value: Tensor, memory: Tensor) -> None:
-    """Set ``target`` to ``value`` where ``condition`` is 1 and not 0, bit by bit."""
-    bits = _BITS[target.dtype]
-    change = torch.sub(value.view(bits), target.view(bits), out=memory.view(bits))
-    target.view(bits).add_(_zero_unless(condition.view(bits), change))
+    """Set ``target`` to ``value`` where ``condition`` is 1.0 and not 0.0, bit by bit."""
+    change = torch.sub(_bits(value), _bits(target), out=_bits(memory))
+    _bits(target).add_(_keep_where(_bits(condition), change))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int64)
