@@ -122,7 +122,7 @@ $(VENV_CUDA)/.installed: requirements-cuda.txt
 	$(RUN_CUDA)/python -m pip install -r requirements-cuda.txt
 	@touch $@
 
-$(VENV_CUDA)/.built: $(VENV_CUDA)/.installed $(NATIVE) $(PACKAGE)
+$(VENV_CUDA)/.built: $(VENV_CUDA)/.installed setup.py pyproject.toml $(NATIVE) $(PACKAGE)
 	ADAMAL_BUILD=cuda $(RUN_CUDA)/python -m pip install -v --no-build-isolation --no-deps \
 	  --force-reinstall .
 	@touch $@

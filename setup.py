@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -67,13 +68,17 @@ class BuildAndRecord(build_ext):
 
     def build_extensions(self) -> None:
         """Compile what was configured; what fails is left out."""
-        failures = config.compile_extensions(
+        compile_extensions = partial(
+            config.compile_extensions,
+            report=lambda line: print(line, flush=True),
+            log=sys.stdout,
+        )
+        failures = or_exit(
+            compile_extensions,
             CONFIGURED,
             SOURCES,
             config.objects_folder(ROOT),
             lambda name: Path(self.get_ext_fullpath(f"{PACKAGE}.{name}")).resolve(),
-            report=lambda line: print(line, flush=True),
-            log=sys.stdout,
         )
         for name, failure in failures.items():
             reason = f"{failure}; the build's output (pip -v) says why"

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,9 @@ def test_figures_are_those_of_the_runs(result: dict[str, Any]) -> None:
         assert len(run["train_loss"]) == 40
         assert run["final_train_loss"] == run["train_loss"][-1]
         assert run["held_out_loss"][-1] == [40, run["final_held_out_loss"]]
-        assert run["optimizer_ms_per_step"] > 0
+        assert len(run["optimizer_seconds"]) == 40
+        median = statistics.median(run["optimizer_seconds"])
+        assert run["optimizer_ms_per_step"] == 1e3 * median > 0
         # Two float32 moments, and a float32 step for each of some twenty tensors.
         assert 8 < run["state_bytes_per_parameter"] < 8.01
     assert result["device"] in result["stdout"]
@@ -99,7 +102,9 @@ def test_only_the_optimizer_differs(result: dict[str, Any]) -> None:
     assert adam["train_loss"][-1] != adamal["train_loss"][-1]
 
 
-def test_png_holds_both_curves(result: dict[str, Any], train_gpt: ModuleType) -> None:
+def test_png_holds_both_curves_and_both_times(
+    result: dict[str, Any], train_gpt: ModuleType
+) -> None:
     from matplotlib.colors import to_rgb
     from matplotlib.image import imread
 
@@ -110,6 +115,8 @@ def test_png_holds_both_curves(result: dict[str, Any], train_gpt: ModuleType) ->
         same = (image - torch.tensor(to_rgb(color))).abs().amax(-1) < 0.01
         columns = same.any(0).sum()
         assert columns > image.shape[1] / 2, f"{color} spans {columns} columns"
+        right = same[:, image.shape[1] * 2 // 3 :].any(0).float().mean()
+        assert right > 0.5, f"{color} spans {right} of the panel of times"
 
 
 def test_seed_sets_weights_and_data_order(train_gpt: ModuleType) -> None:

@@ -413,3 +413,35 @@ def test_the_sdist_has_all_that_is_tracked(tmp_path: Path) -> None:
     with tarfile.open(path) as archive:
         found = {name.partition("/")[2] for name in archive.getnames()}
     assert tracked - found == {".gitignore"}
+
+
+# Stands in for Python: makes an environment of itself, whose pip fails.
+PYTHON = """#!/bin/sh
+case "$1 $2" in
+  "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  "-m pip") for i in $(seq 100); do echo "planted line $i"; done; exit 1 ;;
+esac
+"""
+
+
+def test_make_demo_installs_little_and_says_little(checkout: Checkout) -> None:
+    for name in ("Makefile", "requirements-demo.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, checkout.tree)
+    make = {"cwd": checkout.tree, "capture_output": True, "text": True}
+    planned = subprocess.run(["make", "-n", "demo"], check=True, **make).stdout
+    assert "requirements-demo.txt" in planned
+    assert "requirements-dev.txt" not in planned
+    assert "examples/train_gpt.py" in planned
+    planned = subprocess.run(["make", "-n", "test"], check=True, **make).stdout
+    assert planned.index("requirements-demo.txt") < planned.index("requirements-dev.txt")
+
+    python = checkout.tree.parent / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    done = subprocess.run(["make", "demo", f"PYTHON={python}"], **make)
+    assert done.returncode != 0
+    first, *tail = done.stdout.splitlines()
+    assert first.startswith("Installing torch and matplotlib into .venv: ")
+    assert tail == [f"planted line {i}" for i in range(81, 101)]
+    assert "all it printed is in build/make.log" in done.stderr
+    assert (checkout.tree / "build" / "make.log").read_text().startswith("planted line 1\n")
