@@ -19,8 +19,9 @@ from ..hyperparameters import StepScalars
 
 __all__ = ["step_in_pieces"]
 
-# at::internal::GRAIN_SIZE: the fewest elements that torch gives a thread of their own.
-_PER_THREAD = 1 << 15
+# Elements of a piece for each thread. Fewer, and the operators' own cost shows; more, and an
+# operator no longer finds in the cache what the last one wrote.
+_PER_THREAD = 1 << 16
 # From here on a copy there and back costs more than operators on a tensor of its own.
 _LARGE = 1 << 14
 _THRESHOLD_BACKWARD = torch.ops.aten.threshold_backward.grad_input
@@ -34,7 +35,7 @@ def step_in_pieces(bucket: Bucket) -> None:
     """Step a bucket on a CPU whose scalars are numbers.
 
     Beyond the tensors it needs seven pieces of memory, which the bucket's workspace keeps; a piece
-    has 32 768 elements a thread.
+    has 65 536 elements a thread.
     """
     dtype = compute_dtype(bucket.key.dtypes.param)
     table = torch.tensor(bucket.scalars, dtype=dtype, device="cpu")
