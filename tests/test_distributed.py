@@ -20,7 +20,7 @@ from adamal_kernels import AdamAL
 from adamal_kernels.distributed import local_part
 from adamal_kernels.verify import different_values
 
-LONGEST_SECONDS = 180
+LONGEST_SECONDS = 300
 
 Outcomes = dict[str, list[str]]
 
