@@ -92,8 +92,8 @@ def _build(chosen: argparse.Namespace, console: Console) -> int:
         f"Compiling {' and '.join(made.name for made in extensions)} for torch "
         f"{torch.__version__} and Python {platform.python_version()}"
         + (f", {', '.join(archs)}" if archs else "")
-        + f": about {sum(build_config.CPU_MINUTES[made.name] for made in extensions)} CPU "
-        f"minutes, {build_config.jobs()} files at a time",
+        + f": about {sum(map(_cpu_minutes, extensions))} CPU minutes, {build_config.jobs()} files "
+        "at a time",
     )
     handle, log_file = tempfile.mkstemp(prefix="adamal-build-", suffix=".log", text=True)
     with contextlib.ExitStack() as stack:
@@ -127,6 +127,10 @@ def _build(chosen: argparse.Namespace, console: Console) -> int:
     os.unlink(log_file)
     _say(console, f"Built in {time.monotonic() - begin:.0f} s, into {folder}")
     return 0
+
+
+def _cpu_minutes(made: build_config.Extension) -> int:
+    return build_config.CPU_MINUTES[made.name] * len(made.record.get("archs", [""]))
 
 
 def _say(console: Console, line: str) -> None:

@@ -129,7 +129,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., StandInKernel
     def install(error: str | None, driver: int = 13000) -> StandInKernels:
         kernels = StandInKernels(error, driver)
         monkeypatch.setitem(sys.modules, "adamal_kernels._cuda", kernels)
-        record = ExtensionRecord("_cuda", True, cuda="13.0", archs=("80", "90a", "100"))
+        record = ExtensionRecord("_cuda", True, cuda="13.0", archs=("80", "100", "90a"))
         monkeypatch.setattr(native, "extension_record", lambda name: record)
         monkeypatch.setattr(native, "why_not_importable", lambda name: None)
         monkeypatch.setattr(torch.version, "hip", None)

@@ -208,6 +208,18 @@ def test_the_architectures_can_be_chosen(checkout: Checkout, variable: str) -> N
     assert f"does not compile for 75 ({variable}='8.0;7.5')" in said
 
 
+def test_every_gpu_from_turing_on_has_code_or_ptx(checkout: Checkout) -> None:
+    checkout.install_nvcc()
+    known = ("75", "80", "86", "90", "100", "110", "120")
+    listed = "\\n".join(f"compute_{arch}" for arch in known)
+    checkout.nvcc.write_text(NVCC.replace(r"compute_80\ncompute_90", listed))
+    wheel = checkout.build(stand_in_torch("13.0"))
+    assert sorted(wheel.extensions["_cuda"]["archs"], key=int) == ["75", "80", "90", "100", "120"]
+    # 11.0 runs the PTX of 10.0, and not that of 12.0.
+    codes = re.findall(r"code=(\w+)", checkout.nvcc.with_name("arguments").read_text())
+    assert codes[-1] == "compute_100"
+
+
 def test_the_architectures_of_the_gpus_that_are_here(checkout: Checkout) -> None:
     checkout.install_nvcc()
     cuda_torch = stand_in_torch("12.8")

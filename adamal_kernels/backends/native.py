@@ -87,7 +87,8 @@ def _why_not_launchable(device: torch.device) -> str | None:
         return None
     record, driver = extension_record("_cuda"), kernels.driver_version()
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
-    built_for = ", ".join(re.sub(r"(\d\D*)$", r".\1", arch) for arch in record.archs)
+    archs = sorted(record.archs, key=lambda arch: int(arch.rstrip("af")))
+    built_for = ", ".join(re.sub(r"(\d\D*)$", r".\1", arch) for arch in archs)
     runs = f"CUDA {driver // 1000}.{driver % 1000 // 10}"
     remedy = f"run: ADAMAL_CUDA_ARCHS={capability} {record.command}"
     if record.cuda is not None and _number_of(record.cuda) > driver:
