@@ -477,7 +477,7 @@ def test_betas_of_both_kinds_are_refused_where_torch_does(betas: Any) -> None:
         AdamAL([nn.Parameter(torch.ones(2))], betas=betas)
 
 
-@pytest.mark.parametrize("value", [object(), "WORLD", 0], ids=str)
+@pytest.mark.parametrize("value", [object(), "WORLD", 0], ids=lambda value: type(value).__name__)
 def test_what_is_no_process_group(value: Any) -> None:
     with pytest.raises(TypeError, match=r"grad_norm_group must be a process group.*WORLD"):
         AdamAL([nn.Parameter(torch.ones(2))], grad_norm_group=value)
