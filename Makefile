@@ -21,7 +21,7 @@ RUN_NEWEST := PATH="$(CURDIR)/$(VENV_NEWEST)/bin:$$PATH" $(VENV_NEWEST)/bin
 NATIVE := adamal_kernels/build_config.py $(wildcard csrc/*)
 PACKAGE := $(shell find adamal_kernels -name '*.py')
 # What depends on Python's and torch's own objects, whose layout and interfaces change.
-CORE_TESTS := $(patsubst %,tests/test_%.py,optimizer steady_state shared_walk native_walk plan \
+CORE_TESTS := $(patsubst %,tests/test_%.py,optimizer steady_state dict_version shared_walk plan \
   checkpoint traps bad_input)
 
 .NOTPARALLEL:
