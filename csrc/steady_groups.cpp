@@ -71,13 +71,14 @@ double number_in_range(PyObject* object, double below) {
 
 // The items of a sequence of two; null ones where it is none.
 std::pair<py::object, py::object> items_of_pair(PyObject* value) {
-  const auto item = [value](Py_ssize_t i) {
-    return py::reinterpret_steal<py::object>(PySequence_GetItem(value, i));
+  const auto item = [value](size_t i) {
+    return py::reinterpret_steal<py::object>(PyObject_GetItem(value, py::int_(i).ptr()));
   };
   std::pair<py::object, py::object> items;
-  if (PySequence_Check(value) && !PyBytes_Check(value) && PySequence_Size(value) == 2) {
-    items = {item(0), item(1)};
-  }
+  // A tensor has items, and is no sequence for Python.
+  const bool is_sequence = is_tensor(value) ? THPVariable_Unpack(value).dim() == 1
+                                            : PySequence_Check(value) && !PyBytes_Check(value);
+  if (is_sequence && PyObject_Size(value) == 2) items = {item(0), item(1)};
   if (PyErr_Occurred()) PyErr_Clear();
   return items;
 }

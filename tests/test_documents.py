@@ -114,9 +114,9 @@ def check_options(help_text: str, words: list[str]) -> None:
 def check_program(command: list[str], words: list[str]) -> None:
     """Check a Python program's subcommand, if it has any, and its options."""
     if words and not words[0].startswith("-"):
-        listed = re.search(rf"(^  |[{{,]){re.escape(words[0])}\b", help_of(*command), re.MULTILINE)
+        listed = re.search(rf"(^ +|[{{,]){re.escape(words[0])}\b", help_of(*command), re.MULTILINE)
         assert listed, f"{shlex.join(command)} does not list {words[0]!r}"
-        if listed[1].strip():  # A parser of its own.
+        if help_of(*command, words[0]) != help_of(*command):  # A parser of its own.
             command = [*command, words[0]]
     check_options(help_of(*command), words)
 

@@ -120,7 +120,7 @@ def test_the_users_line_is_named(
 def test_where_all_are_libraries_the_caller_of_torch_is_named(
     lose: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(user_warning, "_LIBRARIES", ("/",))
+    monkeypatch.setattr(user_warning, "_LIBRARIES", ("/", "<"))
     warning = warned(PROGRAMS["stepped"], tmp_path, lose)
     assert warning.filename == str(tmp_path / "user.py")
 
