@@ -426,7 +426,9 @@ def test_files_without_places_are_not_collected() -> None:
     names = {path.name for path in files_of_gpu_tests(ROOT / "tests")}
     assert {"test_streams.py", "test_cuda_graphs.py", "test_amp.py", "test_backends.py"} <= names
     assert names.isdisjoint({"test_install.py", "test_paper_data.py", "test_cuda_machine_code.py"})
-    takes_a_place = re.compile(r"def test_\w+\([^)]*\b(?:place|device)\b: (?:Place|torch\.device)[,)]")
+    takes_a_place = re.compile(
+        r"def test_\w+\([^)]*\b(?:place|device)\b: (?:Place|torch\.device)[,)]"
+    )
     for path in (ROOT / "tests").glob("test_*.py"):
         assert path.name in names or not takes_a_place.search(path.read_text()), path
 
