@@ -60,7 +60,7 @@ def test_signature_is_torchs_and_more(cls: type) -> None:
     assert [(p.name, p.default) for p in ours[: len(theirs)]] == [
         (p.name, p.default) for p in theirs
     ]
-    more = ["bias_correction", "projection", "backend", "max_grad_norm"]
+    more = ["bias_correction", "projection", "backend", "max_grad_norm", "grad_norm_group"]
     assert [p.name for p in ours[len(theirs) :]] == more
     assert [p.name for p in ours if p.kind is p.KEYWORD_ONLY] == [
         p.name for p in ours if p.name not in ("lr", "betas", "eps", "weight_decay", "amsgrad")
