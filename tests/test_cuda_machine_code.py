@@ -239,11 +239,19 @@ def test_loads_of_a_chunk_come_before_the_first_use(build: Build) -> None:
 
 
 def conditional_stores(kernel: Kernel) -> int:
-    """How many 128-bit stores are predicated, or follow a conditional jump past them."""
+    """How many 128-bit stores are predicated, or follow a conditional jump past them.
+
+    Between the jump and its stores stands at most what makes their addresses.
+    """
     count = 0
-    for before, instruction in zip(kernel.code, kernel.code[1:], strict=False):
+    skippable = False
+    for instruction in kernel.code:
         if instruction.opcode == "STG.E.128":
-            count += bool(instruction.predicate or (before.branches and before.predicate))
+            count += bool(instruction.predicate) or skippable
+        elif instruction.branches:
+            skippable = bool(instruction.predicate)
+        elif instruction.opcode.split(".")[0] not in ("LEA", "MOV", "UMOV", "IADD3", "IMAD"):
+            skippable = False
     return count
 
 

@@ -117,7 +117,10 @@ class Run:
 
 def test_files(folder: Path) -> list[Path]:
     """Return the files of which a test may need a GPU: importing the others takes its time."""
-    places = re.compile(r"^from support import|\bmark\.gpu\b", re.MULTILINE)
+    places = re.compile(
+        r"^from support import|\bmark\.gpu\b|^def test_\w+\([^)]*\bdevice: torch\.device\b",
+        re.MULTILINE,
+    )
     return [path for path in sorted(folder.glob("test_*.py")) if places.search(path.read_text())]
 
 
