@@ -1,4 +1,4 @@
-"""Steps by eager backends that find everything as the last checked one left it.
+"""Steps by ``foreach`` that find everything as the last checked one left it.
 
 What a check comes to depends on the options that select code, on which tensors there are and on
 how each lies in memory. Reading all of that again, column by column, is much cheaper than the
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .backends import FUSED, Backend
+from .backends import Backend
 from .bucket import Bucket
 from .entries import Entry
 from .hyperparameters import StepOptions, derive_step_scalars
@@ -86,12 +86,13 @@ class LastStep:
 
     @staticmethod
     def is_repeatable(entries: Sequence[Entry]) -> bool:
-        """Whether plain dense tensors on the CPU are stepped there by an eager backend.
+        """Whether ``foreach`` steps plain dense tensors on the CPU there.
 
-        They are known to have been stepped in place, once each.
+        They are known to have been stepped in place, once each. ``reference``, by which the others
+        are proven, keeps nothing.
         """
         return bool(entries) and all(
-            entry.backend.name not in FUSED
+            entry.backend.name == "foreach"
             and entry.key.device.type == "cpu"
             and not entry.key.device_scalars
             and entry.coupled is None

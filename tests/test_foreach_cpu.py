@@ -127,7 +127,8 @@ def test_only_what_has_changed_is_checked_again(
     params = [torch.ones(3, 4, requires_grad=True) for _ in range(3)]
     optimizer = AdamAL(params, backend=backend)
     apply, checked_for_it = CHANGES[change]
-    expected = {0, *checked_for_it}
+    # What the others are proven by is checked anew each time.
+    expected = range(5) if backend == "reference" else {0, *checked_for_it}
     for step in range(5):
         for p in params:
             p.grad = torch.ones_like(p)

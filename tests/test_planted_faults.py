@@ -508,6 +508,30 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
         ),
         "test_backends.py::test_cases[float32-monotone-foreach-cpu]",
     ),
+    "an unchanged step's gradient may lie in what it writes": (
+        Fault("adamal_kernels/unchanged.py", " or self._touch(grads):", ":"),
+        "test_memory.py::test_a_gradient_that_lies_in_a_parameter_is_refused[foreach-cpu-2]",
+    ),
+    "an unchanged step has the moments of the last one": (
+        Fault("adamal_kernels/unchanged.py", " or not _are_same(held, self._held):", ":"),
+        "test_plan.py::test_nothing_is_stale[foreach-cpu-moment replaced]",
+    ),
+    "an unchanged step has the parameters of the last one": (
+        Fault(
+            "adamal_kernels/unchanged.py",
+            "list(map(Tensor.data_ptr, self._written)) != self._addresses",
+            "False",
+        ),
+        "test_plan.py::test_nothing_is_stale[foreach-cpu-parameter's data replaced]",
+    ),
+    "an unchanged step has the set of the last one": (
+        Fault(
+            "adamal_kernels/unchanged.py",
+            "list(map(_selects_code, options)) != self._kinds",
+            "len(options) != len(self._kinds)",
+        ),
+        "test_plan.py::test_nothing_is_stale[foreach-cpu-projection]",
+    ),
     "verify finds nothing": (
         Fault(
             "adamal_kernels/verify.py",
