@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .buffers import BUFFERS, SecondMoment, buffers_of
 from .coupled import CoupledRows
 from .dtypes import DtypePair
 from .hyperparameters import StepInputs, StepOptions, StepScalars
 
-__all__ = ["Bucket", "BucketKey", "DeviceScalars", "SecondMoment"]
-
-
-class SecondMoment(IntEnum):
-    """How the second moment moves; the value is the code in ``csrc/adamal_math.h``."""
-
-    MONOTONE = 0
-    """AdamAL: ``v + (1 - beta2) * (g2 - v)`` where ``g2 > v``, else ``v``."""
-    PLAIN = 1
-    """Adam: ``beta2 * v + (1 - beta2) * g2``."""
-    AMSGRAD = 2
-    """Adam with ``amsgrad=True``: plain, and a third buffer that keeps the largest ``v``."""
+__all__ = ["Bucket", "BucketKey", "DeviceScalars"]
 
 
 class BucketKey(NamedTuple):
@@ -67,12 +56,11 @@ class Bucket:
     key: BucketKey
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    max_exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    """Empty unless ``key.second_moment`` is AMSGRAD."""
-    multipliers: list[Tensor] = field(default_factory=list)
-    """Float64, an element a row, in the order of the rows; empty unless ``key.coupled``."""
+    buffers: dict[str, list[Tensor]] = field(
+        default_factory=lambda: {buffer.key: [] for buffer in BUFFERS}
+    )
+    """The state tensors of each kind, none of those that there are not, by key, in the order of
+    :data:`.buffers.BUFFERS`. A ``multiplier`` is float64, an element a row, in their order."""
     sets: list[CoupledRows] = field(default_factory=list)
     """The tensors' sets; empty unless ``key.coupled``."""
     scalars: list[StepScalars] = field(default_factory=list)
@@ -85,3 +73,14 @@ class Bucket:
     """Of each tensor's work items (:mod:`.watch_records`); empty where steps are not watched."""
     workspace: dict[str, Any] = field(default_factory=dict)
     """Kept from step to step for the backend: pointer tables, compiled launchers."""
+
+    @property
+    def elementwise_buffers(self) -> list[list[Tensor]]:
+        """The state tensors laid out as the parameters, a list for each kind that there is."""
+        kinds = buffers_of(self.key.second_moment, self.key.coupled)
+        return [self.buffers[kind.key] for kind in kinds if kind.shape == "parameter"]
+
+    @property
+    def divisors(self) -> list[Tensor]:
+        """The second moments whose roots divide: with AMSGrad their maxima."""
+        return self.buffers["max_exp_avg_sq"] or self.buffers["exp_avg_sq"]

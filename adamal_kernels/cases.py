@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bucket import SecondMoment
+from .buffers import SecondMoment
 from .dtypes import DTYPE_PAIRS, DtypePair
 from .projections import Box, L1Ball, L2Ball, NonNegative, Simplex
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .buffers import BUFFERS, check_value
 from .distributed import is_sharded, local_part, moment_like, placed_as
 from .entries import is_frozen
 from .options import IMPLEMENTATION_OPTIONS, pair_of_betas
@@ -190,7 +191,7 @@ def _merge_values(param: Tensor, values: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"load_state_dict: state of {where} must be a dict, got {values!r}")
     if not values:
         return {}
-    for name in ("step", "exp_avg", "exp_avg_sq"):
+    for name in ("step", *(buffer.key for buffer in BUFFERS if buffer.needs == "nothing")):
         if name not in values:
             raise ValueError(
                 f"load_state_dict: state of {where} has no {name!r} (it has "
@@ -202,41 +203,26 @@ def _merge_values(param: Tensor, values: Any, where: str) -> dict[str, Any]:
 def _merge_value(param: Tensor, name: str, value: Any, where: str) -> Any:
     if name == "step":
         return torch.tensor(read_step(value, where), dtype=torch.float32, device="cpu")
-    if name == "multiplier" and (
-        not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta
-    ):
-        raise ValueError(
-            f"load_state_dict: multiplier of {where} must be a floating-point tensor with values, "
-            f"got {value!r}; delete it from the checkpoint to start anew"
-        )
-    if name not in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+    buffer = next((buffer for buffer in BUFFERS if buffer.key == name), None)
+    if buffer is None:
         return value.clone() if isinstance(value, Tensor) else value
-    kind = "complex" if param.is_complex() else "floating-point"
-    if not isinstance(value, Tensor) or not (
-        value.is_complex() if param.is_complex() else value.is_floating_point()
-    ):
-        got = value.dtype if isinstance(value, Tensor) else repr(value)
-        raise ValueError(f"load_state_dict: {name} of {where} must be a {kind} tensor, got {got}")
-    if value.shape != param.shape:
-        raise ValueError(
-            f"load_state_dict: {name} of {where} has shape {tuple(value.shape)} in the "
-            f"checkpoint, the parameter {tuple(param.shape)}; the checkpoint is of another model, "
-            "or its parameters are in another order"
-        )
-    if param.is_meta and is_frozen(param):
+    what = f"load_state_dict: {name} of {where}"
+    check_value(
+        buffer,
+        value,
+        param,
+        what,
+        "load a checkpoint of this model, with its parameters in this order",
+    )
+    if buffer.shape == "rows" or (param.is_meta and is_frozen(param)):
         return value.clone()  # Moved with the parameter, once that is stepped.
     if param.is_meta:
         raise ValueError(
             f"load_state_dict: {where} is on meta in the optimizer; give the model memory first "
             "(to_empty), and the optimizer its parameters"
         )
-    if value.is_meta or value.layout != torch.strided:
-        raise ValueError(
-            f"load_state_dict: {name} of {where} must be a dense tensor with values, got one of "
-            f"layout {value.layout} on {value.device}; load the checkpoint onto a real device"
-        )
     if is_sharded(param) or is_sharded(value):
-        value = placed_as(param, value, f"load_state_dict: {name} of {where}")
+        value = placed_as(param, value, what)
     moment = moment_like(param, value.dtype)
     local_part(moment).copy_(local_part(value))
     return moment

@@ -37,8 +37,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .buffers import BUFFERS, SecondMoment
 from .distributed import is_sharded, mark_like
-from .entries import MAX_MOMENT, MOMENTS, MULTIPLIER, is_frozen, prepare_state
+from .entries import is_frozen, prepare_state
 from .hyperparameters import StepInputs
 from .options import check_capturable
 from .projections import CoupledSet
@@ -74,8 +75,7 @@ def step(optimizer: _AdamBase, closure: Callable[[], Any] | None) -> Any:
     members: list[int] = []
     params: list[Tensor] = []
     grads: list[Tensor] = []
-    has_maximum: list[bool] = []
-    has_multiplier: list[bool] = []
+    kinds: list[tuple[SecondMoment, bool]] = []
     index = 0
     # By that name Dynamo finds the groups as attribute, and guards every number in them.
     groups = optimizer.__dict__["param_groups"]
@@ -86,28 +86,25 @@ def step(optimizer: _AdamBase, closure: Callable[[], Any] | None) -> Any:
                 members.append(index)
                 params.append(param)
                 grads.append(grad)
-                has_maximum.append(group["amsgrad"])
-                has_multiplier.append(isinstance(group["projection"], CoupledSet))
+                kinds.append(_kind(group))
             index += 1
     if not members:
         return loss
     places = _prepare(optimizer._handle, tuple(members))
     scalars = [_tensor_option(groups, place) for place in places]
     held = [optimizer.state[param] for param in params]
-    first, second = MOMENTS
-    maxima = [values[MAX_MOMENT] for values, has in zip(held, has_maximum, strict=True) if has]
-    multipliers = [
-        values[MULTIPLIER] for values, has in zip(held, has_multiplier, strict=True) if has
+    buffers = [
+        values[buffer.key]
+        for buffer in BUFFERS
+        for values, of in zip(held, kinds, strict=True)
+        if buffer.exists(*of)
     ]
     grad_enabled = torch.is_grad_enabled()
     with torch.no_grad():
         torch.ops.adamal_kernels.step(
             params,
             grads,
-            [values[first] for values in held],
-            [values[second] for values in held],
-            maxima,
-            multipliers,
+            buffers,
             [values["step"] for values in held],
             scalars,
             getattr(optimizer, "grad_scale", None),
@@ -173,8 +170,7 @@ def _check_traceable(optimizer: _AdamBase) -> None:
 
 torch.library.define(
     "adamal_kernels::step",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] multipliers, Tensor(f!)[] steps, "
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor(c!)[] steps, "
     "Tensor[] scalars, Tensor? grad_scale, Tensor? found_inf, int[] members, int[] places, "
     "str handle, bool grad_enabled) -> ()",
     # Its options are read on the host, so that a graph replayed without it would repeat old ones.
@@ -191,10 +187,7 @@ def _fake_step(*args: Any) -> None:
 def _step(
     params: list[Tensor],
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    multipliers: list[Tensor],
+    buffers: list[Tensor],
     steps: list[Tensor],
     scalars: list[Tensor],
     grad_scale: Tensor | None,
@@ -209,11 +202,8 @@ def _step(
     Args:
         params: those that have a gradient, in the groups' order.
         grads: their gradients.
-        exp_avgs: their state.
-        exp_avg_sqs: their state.
-        max_exp_avg_sqs: state of those with ``amsgrad``.
-        multipliers: state of those whose set couples elements.
-        steps: their state.
+        buffers: their state, buffer by buffer, of those that have it.
+        steps: how many each has taken.
         scalars: values of the options that are Tensors.
         grad_scale: what the loss was multiplied by.
         found_inf: not 0 where a gradient was not finite.
@@ -229,16 +219,9 @@ def _step(
     try:
         optimizer = _live(handle)
         inputs = optimizer._inputs()._replace(grad_scale=grad_scale, found_inf=found_inf)
-        names = ("step", *MOMENTS)
-        states = [
-            dict(zip(names, tensors, strict=True))
-            for tensors in zip(steps, exp_avgs, exp_avg_sqs, strict=True)
-        ]
+        states = [{"step": step} for step in steps]
         given = dict(zip(members, map(_Given, params, grads, states), strict=True))
-        amsgrad = [group["amsgrad"] for group in optimizer.param_groups]
-        _add_state(optimizer, given, MAX_MOMENT, max_exp_avg_sqs, amsgrad)
-        coupled = [isinstance(group["projection"], CoupledSet) for group in optimizer.param_groups]
-        _add_state(optimizer, given, MULTIPLIER, multipliers, coupled)
+        _add_buffers(optimizer, given, buffers)
         with _options_as_given(optimizer.param_groups, dict(zip(places, scalars, strict=True))):
             _step_given(optimizer, given, inputs)
     except Exception:
@@ -265,19 +248,25 @@ def _live(handle: str) -> _AdamBase:
     return optimizer
 
 
-def _add_state(
-    optimizer: _AdamBase,
-    given: Mapping[int, _Given],
-    key: str,
-    values: Iterable[Tensor],
-    is_held: Sequence[bool],
+def _kind(group: dict[str, Any]) -> tuple[SecondMoment, bool]:
+    """Return what says which buffers a group's parameters have."""
+    second_moment = SecondMoment.AMSGRAD if group["amsgrad"] else SecondMoment.PLAIN
+    return second_moment, isinstance(group["projection"], CoupledSet)
+
+
+def _add_buffers(
+    optimizer: _AdamBase, given: Mapping[int, _Given], tensors: Iterable[Tensor]
 ) -> None:
-    """Add what only the parameters of some groups hold."""
-    groups = zip(optimizer.param_groups, is_held, strict=True)
-    has = [holds for group, holds in groups for _ in group["params"]]
-    having = [of_param for member, of_param in given.items() if has[member]]
-    for of_param, value in zip(having, values, strict=True):
-        of_param.state[key] = value
+    """Add the buffers to the state of the parameters that have them, in the order of `step`."""
+    kinds = [_kind(group) for group in optimizer.param_groups for _ in group["params"]]
+    places = [
+        (of_param.state, buffer.key)
+        for buffer in BUFFERS
+        for member, of_param in given.items()
+        if buffer.exists(*kinds[member])
+    ]
+    for (held, key), tensor in zip(places, tensors, strict=True):
+        held[key] = tensor
 
 
 def _step_given(optimizer: _AdamBase, given: Mapping[int, _Given], inputs: StepInputs) -> None:

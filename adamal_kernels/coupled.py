@@ -158,9 +158,9 @@ def project_bucket(
     bucket: Bucket, scalars: Sequence[StepScalars], skip: Tensor | None = None
 ) -> None:
     """Project what a backend has stepped; ``scalars`` and ``skip`` are as in :func:`project`."""
-    denominators = bucket.max_exp_avg_sqs or bucket.exp_avg_sqs
+    multipliers = bucket.buffers["multiplier"]
     for tensors in zip(
-        bucket.params, denominators, bucket.multipliers, bucket.sets, scalars, strict=True
+        bucket.params, bucket.divisors, multipliers, bucket.sets, scalars, strict=True
     ):
         project(*tensors, skip=skip)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["DTYPE_PAIRS", "DtypePair", "compute_dtype"]
+__all__ = ["DTYPE_PAIRS", "DtypePair", "compute_dtype", "real_dtype"]
 
 
 class DtypePair(NamedTuple):
@@ -47,3 +47,8 @@ def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:
         torch.float32
     """
     return _COMPUTE[param_dtype]
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of a complex type's parts; any other type as it is."""
+    return dtype.to_real() if dtype.is_complex else dtype

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, pick
-from .bucket import BucketKey, SecondMoment
+from .bucket import BucketKey
+from .buffers import BUFFERS, Buffer, buffers_of, check_value, held_buffers
 from .coupled import coupled_rows
 from .distributed import (
     check_sharded_gradient,
@@ -26,16 +27,13 @@ from .distributed import (
     placed_as,
     splits_rows,
 )
-from .dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
+from .dtypes import DTYPE_PAIRS, DtypePair, real_dtype
 from .hyperparameters import StepInputs
 from .layout import has_memory, overlapping_pair, same_layout
 from .options import GroupOptions
 from .projections import CoupledSet
 
 __all__ = [
-    "MAX_MOMENT",
-    "MOMENTS",
-    "MULTIPLIER",
     "Entry",
     "bounds_of",
     "check_entry",
@@ -47,17 +45,11 @@ __all__ = [
     "is_shared",
     "key_without_grad",
     "named_tensors",
-    "new_state",
     "pick_backend",
     "prepare_state",
-    "real_dtype",
     "resting_entry",
     "state_of",
 ]
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-MAX_MOMENT = "max_exp_avg_sq"
-MULTIPLIER = "multiplier"
 
 
 class Entry(NamedTuple):
@@ -86,11 +78,6 @@ class Entry(NamedTuple):
 def coupled_set(options: GroupOptions) -> CoupledSet | None:
     """Return a group's set if it couples elements."""
     return options.projection if isinstance(options.projection, CoupledSet) else None
-
-
-def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type of a complex type's parts; any other type as it is."""
-    return dtype.to_real() if dtype.is_complex else dtype
 
 
 def is_frozen(param: Tensor) -> bool:
@@ -130,15 +117,6 @@ def check_parameter(param: Tensor, options: GroupOptions, where: str) -> None:
     pick_backend(key_without_grad(param, options), options)
 
 
-def new_state(param: Tensor, second_moment: SecondMoment, step_device: Any) -> dict[str, Any]:
-    """Return the state of a parameter that has not been stepped: torch.optim.Adam's keys."""
-    keys = (*MOMENTS, MAX_MOMENT) if second_moment is SecondMoment.AMSGRAD else MOMENTS
-    held: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=step_device)}
-    for key in keys:
-        held[key] = moment_like(param, moment_dtype(param))
-    return held
-
-
 def prepare_state(
     param: Tensor,
     options: GroupOptions,
@@ -156,12 +134,6 @@ def prepare_state(
     if held := state.get(param):
         check_state(entry, held)
     state_of(entry, state)
-
-
-def moment_dtype(param: Tensor) -> torch.dtype:
-    """Return the type of a parameter's moments: the compute type, complex for complex ones."""
-    dtype = compute_dtype(real_dtype(param.dtype))
-    return dtype.to_complex() if param.is_complex() else dtype
 
 
 def _check_is_ordinary(tensor: Tensor, what: str) -> None:
@@ -389,53 +361,40 @@ def bounds_of(options: GroupOptions, dtype: torch.dtype) -> tuple[float, float]:
 
 def check_state(entry: Entry, held: Mapping[str, Any]) -> None:
     """Check state that a user or a checkpoint may have replaced."""
-    where = entry.where
-    for key in ("step", *MOMENTS):
+    where, param = entry.where, entry.owner
+    for key in ("step", *(buffer.key for buffer in BUFFERS if buffer.needs == "nothing")):
         if key not in held:
             raise ValueError(
                 f"state of {where} has no {key!r}; clear the parameter's state to start it anew"
             )
     _check_step(held["step"], where)
-    expected = moment_dtype(entry.param)
-    for key in (*MOMENTS, MAX_MOMENT):
-        if key not in held:
+    for buffer in held_buffers(held):
+        # What another set has left is replaced; nothing reads it.
+        if buffer.shape == "rows" and entry.coupled is None:
             continue
-        tensor = held[key]
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        tensor, what = held[buffer.key], f"state[{buffer.key!r}] of {where}"
+        is_moved = (
+            isinstance(tensor, Tensor)
+            and buffer.shape == "parameter"
+            and tensor.device != held["exp_avg"].device
+        )
+        if is_moved:
             raise ValueError(
-                f"state[{key!r}] of {where} must be a dense tensor of the parameter's shape "
-                f"{tuple(entry.owner.shape)}, got {tensor!r}"
+                f"{what} is on {tensor.device}, state['exp_avg'] on {held['exp_avg'].device}; "
+                f"move both to {entry.param.device}, with the parameter"
             )
+        anew = "delete it" if buffer.shape == "rows" else "clear the parameter's state"
+        check_value(buffer, tensor, param, what, f"{anew} to start anew")
         if tensor.is_inference() or not has_memory(local_part(tensor)):
             raise ValueError(
-                f"state[{key!r}] of {where} was made in inference mode, or its storage has been "
-                "freed; clear the parameter's state to start it anew"
+                f"{what} was made in inference mode, or its storage has been freed; {anew} to "
+                "start anew"
             )
-        if tensor.shape != entry.owner.shape:
-            raise ValueError(
-                f"state[{key!r}] of {where} must have the parameter's shape "
-                f"{tuple(entry.owner.shape)}, got {tuple(tensor.shape)}"
-            )
-        if tensor.device != held["exp_avg"].device:
-            raise ValueError(
-                f"state[{key!r}] of {where} is on {tensor.device}, state['exp_avg'] on "
-                f"{held['exp_avg'].device}; move both to {entry.param.device}, with the parameter"
-            )
-        if tensor.is_meta:
-            raise ValueError(
-                f"state[{key!r}] of {where} is on meta and holds no values; clear the parameter's "
-                "state to start it anew"
-            )
-        if is_sharded(entry.owner) or is_sharded(tensor):
-            check_sharded_state(entry.owner, tensor, f"state[{key!r}] of {where}")
-        same_kind = tensor.is_complex() == expected.is_complex
-        if not same_kind or not (tensor.is_complex() or tensor.is_floating_point()):
-            raise ValueError(
-                f"state[{key!r}] of {where} has type {tensor.dtype}; it must be {expected}"
-            )
-        _check_stays_shared(key, tensor, expected, where)
-    if MULTIPLIER in held and entry.coupled is not None:
-        _check_multiplier(held[MULTIPLIER], entry)
+        if buffer.shape == "rows":
+            continue
+        if is_sharded(param) or is_sharded(tensor):
+            check_sharded_state(param, tensor, what)
+        _check_stays_shared(buffer.key, tensor, buffer.dtype(param.dtype), where)
 
 
 def _check_step(step: Any, where: str) -> None:
@@ -479,30 +438,15 @@ def is_shared(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_shared()
 
 
-def _check_multiplier(value: Any, entry: Entry) -> None:
-    """Check what a search starts from: its values are free, and so is its shape."""
-    if (
-        not isinstance(value, Tensor)
-        or not value.is_floating_point()
-        or value.layout != torch.strided
-        or value.is_meta
-        or value.is_inference()
-        or not has_memory(local_part(value))
-    ):
-        raise ValueError(
-            f"state[{MULTIPLIER!r}] of {entry.where} must be a dense float64 tensor with values, "
-            f"got {value!r}; delete it to start anew"
-        )
-
-
 def named_tensors(
     param: Tensor, where: str, state: MutableMapping[Tensor, dict[str, Any]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield what a step writes: the parameter and its state, or this process's parts of them."""
     yield where, local_part(param)
-    for key, value in (state.get(param) or {}).items():
-        if key in ("step", *MOMENTS, MAX_MOMENT, MULTIPLIER):
-            yield f"state[{key!r}] of {where}", local_part(value)
+    held = state.get(param) or {}
+    for key in ("step", *(buffer.key for buffer in held_buffers(held))):
+        if key in held:
+            yield f"state[{key!r}] of {where}", local_part(held[key])
 
 
 def check_overlaps(entries: Sequence[Entry], state: MutableMapping[Tensor, dict[str, Any]]) -> None:
@@ -532,17 +476,25 @@ def state_of(entry: Entry, state: MutableMapping[Tensor, dict[str, Any]]) -> dic
     param = entry.owner
     held = state[param]
     step_device = param.device if entry.key.device_scalars else torch.device("cpu")
-    if not held:
-        held.update(new_state(param, entry.key.second_moment, step_device))
-    if entry.coupled is not None:
-        _place_multiplier(held, entry, entry.coupled)
-    if entry.key.second_moment is SecondMoment.AMSGRAD and MAX_MOMENT not in held:
-        # amsgrad was switched on in a running group: the largest v known so far is this one.
-        held[MAX_MOMENT] = held["exp_avg_sq"].clone(memory_format=torch.preserve_format)
-    for key in (*MOMENTS, MAX_MOMENT):
-        if key in held:
-            held[key] = held[key].to(device=param.device, dtype=moment_dtype(param))
-    held["step"] = _as_count(held["step"], step_device)
+    is_new = not held
+    held["step"] = (
+        torch.zeros((), dtype=torch.float32, device=step_device)
+        if is_new
+        else _as_count(held["step"], step_device)
+    )
+    for buffer in buffers_of(entry.key.second_moment, entry.coupled is not None):
+        if buffer.shape == "rows":
+            assert entry.coupled is not None
+            held[buffer.key] = _placed_rows(buffer, held.get(buffer.key), entry, entry.coupled)
+        elif buffer.key not in held and buffer.starts_as and not is_new:
+            origin = held[buffer.starts_as]
+            held[buffer.key] = origin.clone(memory_format=torch.preserve_format)
+        elif buffer.key not in held:
+            held[buffer.key] = moment_like(param, buffer.dtype(param.dtype))
+    for buffer in held_buffers(held):
+        if buffer.shape == "parameter":
+            dtype = buffer.dtype(param.dtype)
+            held[buffer.key] = held[buffer.key].to(device=param.device, dtype=dtype)
     return held
 
 
@@ -563,23 +515,21 @@ def _as_count(step: Tensor, device: torch.device) -> Tensor:
     return count.clone() if count.is_inference() else count
 
 
-def _place_multiplier(held: dict[str, Any], entry: Entry, coupled: CoupledSet) -> None:
-    """See that there is a multiplier for every row, in the order of the rows.
+def _placed_rows(buffer: Buffer, found: Tensor | None, entry: Entry, coupled: CoupledSet) -> Tensor:
+    """Return a number for every row, in the order of the rows: ``found`` if that fits.
 
-    One of another shape is that of a set the group had before: the search starts anew.
+    One of another shape is that of a set the group had before: it starts anew.
     """
     wanted = multiplier_like(entry.owner, coupled)
-    found = held.get(MULTIPLIER)
-    held[MULTIPLIER] = wanted
     if found is None or found.shape != wanted.shape:
-        return
-    placed = placed_as(wanted, found, f"state[{MULTIPLIER!r}] of {entry.where}")
+        return wanted
+    placed = placed_as(wanted, found, f"state[{buffer.key!r}] of {entry.where}")
     part, wanted_part = local_part(placed), local_part(wanted)
     if (
         part.dtype == wanted_part.dtype
         and part.device == wanted_part.device
         and same_layout(part, wanted_part)
     ):
-        held[MULTIPLIER] = placed
-    else:
-        wanted_part.copy_(part)
+        return placed
+    wanted_part.copy_(part)
+    return wanted

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import check_request
-from .bucket import SecondMoment
+from .buffers import SecondMoment
 from .hyperparameters import StepOptions
 from .projections import CoupledSet, Projection, is_known_set
 

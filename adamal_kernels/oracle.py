@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .bucket import SecondMoment
+from .buffers import SecondMoment
 from .coupled import inside_tolerance
 from .projections import CoupledSet, L1Ball, L2Ball, Simplex
 

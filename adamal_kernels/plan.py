@@ -15,7 +15,8 @@ from torch import Tensor
 from .backends import FUSED, Backend
 from .backends.native import NativeBackend
 from .backends.planned import PlannedBackend
-from .bucket import Bucket, BucketKey, DeviceScalars, SecondMoment
+from .bucket import Bucket, BucketKey, DeviceScalars
+from .buffers import buffers_of
 from .coupled import coupled_rows
 from .distributed import (
     FLAT_SHARD,
@@ -28,8 +29,6 @@ from .distributed import (
     reduce_squared_norms,
 )
 from .entries import (
-    MAX_MOMENT,
-    MULTIPLIER,
     Entry,
     check_entry,
     check_overlaps,
@@ -272,7 +271,7 @@ class Plan:
             _append_tensors(bucket, entry, held, write_backs)
             if entry.coupled is not None and not bucket.key.coupled:
                 index = len(bucket.params) - 1
-                split_rows.append(Stepped(entry, bucket, index, held[MULTIPLIER], held["step"]))
+                split_rows.append(Stepped(entry, bucket, index, held))
 
         if self._records is not None:
             self._append_records(entries, bucket_of)
@@ -534,16 +533,15 @@ def _append_tensors(
     bucket: Bucket, entry: Entry, held: dict[str, Any], write_backs: list[_WriteBack]
 ) -> None:
     """Append what the step changes, dense, in one memory order, complex ones as pairs of reals."""
-    written = [
-        (_attached(entry.param, entry), bucket.params),
-        (local_part(held["exp_avg"]), bucket.exp_avgs),
-        (local_part(held["exp_avg_sq"]), bucket.exp_avg_sqs),
-    ]
-    if bucket.key.second_moment is SecondMoment.AMSGRAD:
-        written.append((local_part(held[MAX_MOMENT]), bucket.max_exp_avg_sqs))
     pattern = _pattern(entry)
+    written = [(_attached(entry.param, entry), bucket.params)]
+    for buffer in buffers_of(bucket.key.second_moment, bucket.key.coupled):
+        tensor, destination = local_part(held[buffer.key]), bucket.buffers[buffer.key]
+        if buffer.shape == "rows":
+            destination.append(tensor)
+        else:
+            written.append((tensor, destination))
     if bucket.key.coupled and entry.coupled is not None:
-        bucket.multipliers.append(local_part(held[MULTIPLIER]))
         bucket.sets.append(coupled_rows(pattern, entry.coupled))
     for tensor, destination in written:
         dense = _with_layout(tensor, pattern)

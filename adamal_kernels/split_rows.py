@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .bucket import Bucket, SecondMoment
+from .bucket import Bucket
 from .coupled import coupled_rows, project
 from .distributed import local_part, row_reducer
 from .dtypes import compute_dtype
@@ -24,9 +25,8 @@ class Stepped(NamedTuple):
     bucket: Bucket
     index: int
     """In the bucket."""
-    multiplier: Tensor
-    step: Tensor
-    """How many steps it has taken, this one included where the bucket's device counts them."""
+    held: Mapping[str, Tensor]
+    """Its state; ``step`` includes this one where the bucket's device counts them."""
 
 
 def project_split_rows(stepped: Stepped) -> None:
@@ -38,13 +38,12 @@ def project_split_rows(stepped: Stepped) -> None:
     """
     entry, bucket, index = stepped.entry, stepped.bucket, stepped.index
     assert entry.coupled is not None
-    is_amsgrad = bucket.key.second_moment is SecondMoment.AMSGRAD
     scalars, skip = _scalars_of(stepped)
     param = bucket.params[index]
     project(
         param,
-        (bucket.max_exp_avg_sqs if is_amsgrad else bucket.exp_avg_sqs)[index],
-        local_part(stepped.multiplier),
+        bucket.divisors[index],
+        local_part(stepped.held["multiplier"]),
         coupled_rows(param, entry.coupled),
         scalars,
         skip=skip,
@@ -62,7 +61,7 @@ def _scalars_of(stepped: Stepped) -> tuple[StepScalars, Tensor | None]:
         return _as_tensors(known, dtype, device), None
     factor, skip = source.inputs.factor_on_device()
     options = source.options[row].on_device(device)
-    derived = derive_step_scalars(stepped.step.to(torch.int64), options, factor)
+    derived = derive_step_scalars(stepped.held["step"].to(torch.int64), options, factor)
     return _as_tensors(derived, dtype, device), skip if isinstance(skip, Tensor) else None
 
 

@@ -18,7 +18,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from .backends import BACKENDS
-from .bucket import BucketKey, SecondMoment
+from .bucket import BucketKey
+from .buffers import SecondMoment
 from .cases import QUICK_STEPS, STEPS, Case, cases, quick_cases
 from .command_line import (
     JsonOutput,

@@ -17,8 +17,8 @@ from rich.text import Text
 from torch import Tensor
 
 from .distributed import local_part, splits_rows
-from .dtypes import compute_dtype
-from .entries import MULTIPLIER, is_frozen, real_dtype
+from .dtypes import compute_dtype, real_dtype
+from .entries import is_frozen
 from .projections import CoupledSet, is_known_set
 from .watch_records import WORDS, Record, WatchRecords, unpacked
 
@@ -203,7 +203,7 @@ def _boundary_fractions(
                 param, projection.reduced_dims(param.dim())
             ):
                 # Each process has a part of every row, whose size it cannot tell.
-                multiplier = state.get(param, {}).get(MULTIPLIER)
+                multiplier = state.get(param, {}).get("multiplier")
                 if multiplier is None:
                     continue
                 multiplier = local_part(multiplier)

@@ -89,7 +89,7 @@ CoupledRows coupled_rows(int kind, double size, double tolerance, const Runs& ke
   return rows;
 }
 
-void check_multiplier(const at::Tensor& multiplier, const CoupledRows& rows, c10::Device device) {
+void check_rows_of(const at::Tensor& multiplier, const CoupledRows& rows, c10::Device device) {
   TORCH_CHECK(multiplier.scalar_type() == at::kDouble && multiplier.device() == device &&
                   multiplier.numel() == rows.rows && multiplier.is_non_overlapping_and_dense(),
               "a multiplier must be dense, with a float64 for each of ", rows.rows, " rows, on ",
@@ -97,25 +97,21 @@ void check_multiplier(const at::Tensor& multiplier, const CoupledRows& rows, c10
 }
 
 // Binds the tensors of a bucket as adamal_kernels.bucket.Bucket holds it.
-void bind(Plan& plan, const Tensors& params, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-          const Tensors& max_exp_avg_sqs, const Tensors& multipliers,
+void bind(Plan& plan, const Tensors& params, const std::vector<Tensors>& buffers,
           const std::vector<CoupledRows>& sets, const Tensors& records) {
-  const bool amsgrad = plan.second_moment() == SecondMoment::amsgrad;
-  check_same_length(params.size(), exp_avgs.size(), "exp_avgs");
-  check_same_length(params.size(), exp_avg_sqs.size(), "exp_avg_sqs");
-  check_same_length(amsgrad ? params.size() : 0, max_exp_avg_sqs.size(), "max_exp_avg_sqs");
+  check_same_length(Buffer::count, buffers.size(), "buffers");
   check_same_length(sets.empty() ? 0 : params.size(), sets.size(), "sets");
-  check_same_length(sets.size(), multipliers.size(), "multipliers");
   std::vector<TensorEntry> entries;
-  for (size_t i = 0; i < params.size(); ++i) {
-    double* multiplier = nullptr;
-    if (!sets.empty()) {
-      check_multiplier(multipliers[i], sets[i], plan.device());
-      multiplier = multipliers[i].data_ptr<double>();
+  for (const at::Tensor& param : params) entries.push_back({param.data_ptr(), param.numel(), {}});
+  for (int which = 0; which < Buffer::count; ++which) {
+    const Buffer& buffer = kBuffers[which];
+    const bool exists = buffer.exists(plan.second_moment(), !sets.empty());
+    check_same_length(exists ? params.size() : 0, buffers[which].size(), buffer.key);
+    for (size_t i = 0; i < buffers[which].size(); ++i) {
+      const at::Tensor& tensor = buffers[which][i];
+      if (buffer.shape == BufferShape::rows) check_rows_of(tensor, sets[i], plan.device());
+      entries[i].buffers[which] = tensor.data_ptr();
     }
-    entries.push_back({params[i].data_ptr(), exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(),
-                       amsgrad ? max_exp_avg_sqs[i].data_ptr() : nullptr, params[i].numel(),
-                       multiplier});
   }
   plan.bind(entries, sets, records);
 }
@@ -124,7 +120,7 @@ void bind(Plan& plan, const Tensors& params, const Tensors& exp_avgs, const Tens
 at::Tensor squared_norm(Plan& plan, const Tensors& grads) {
   std::vector<TensorEntry> entries;
   for (const at::Tensor& grad : grads) {
-    entries.push_back({nullptr, nullptr, nullptr, nullptr, grad.numel(), nullptr});
+    entries.push_back({nullptr, grad.numel(), {}});
   }
   plan.bind(entries);
   return plan.squared_norm(addresses_of(grads));
@@ -210,13 +206,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace adamal;
   m.doc() = "Plans of adamal_kernels and the CPU step.";
   m.attr("dtype_pair_count") = kDtypePairCount;
+  py::list buffers;
+#define ADAMAL_ROW(key, shape, needs) buffers.append(py::make_tuple(#key, #shape, #needs));
+  ADAMAL_BUFFERS(ADAMAL_ROW)
+#undef ADAMAL_ROW
+  m.attr("buffers") = buffers;
 
   py::class_<CoupledRows>(m, "CoupledRows")
       .def(py::init(&coupled_rows), py::arg("kind"), py::arg("size"), py::arg("tolerance"),
            py::arg("kept"), py::arg("reduced"));
   py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan")
-      .def("bind", &bind, py::arg("params"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
-           py::arg("max_exp_avg_sqs"), py::arg("multipliers"), py::arg("sets"), py::arg("records"))
+      .def("bind", &bind, py::arg("params"), py::arg("buffers"), py::arg("sets"),
+           py::arg("records"))
       .def_property_readonly("chunk", &Plan::chunk)
       .def("step", &step, py::arg("grads"), py::arg("scalars"), py::arg("rows"))
       .def("step_on_device", &step_on_device, py::arg("grads"), py::arg("options"),

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "adamal_math.h"
+#include "buffers.h"
 #include "coupled_rows.h"
 #include "device_scalars.h"
 #include "dtypes.h"
@@ -11,20 +12,27 @@
 
 namespace adamal {
 
-// Addresses of a tensor's first element; element i of each belongs to element i of the others.
+// Addresses of a tensor's first element. Element i of a buffer of the parameter's shape belongs to
+// element i of the parameter.
 struct TensorEntry {
   void* param;
-  void* exp_avg;
-  void* exp_avg_sq;
-  void* max_exp_avg_sq;  // nullptr unless amsgrad
   int64_t numel;
-  double* multipliers;  // a row each; nullptr unless the tensor's set couples elements
+  void* buffers[Buffer::count];  // nullptr: there is none
+
+  // The second moment whose root divides: with amsgrad its maximum.
+  ADAMAL_HD const void* divisor() const {
+    const void* const maximum = buffers[Buffer::max_exp_avg_sq];
+    return maximum == nullptr ? buffers[Buffer::exp_avg_sq] : maximum;
+  }
+  ADAMAL_HD double* multipliers() const {
+    return static_cast<double*>(buffers[Buffer::multiplier]);
+  }
 };
 
 inline bool operator==(const TensorEntry& a, const TensorEntry& b) {
-  return a.param == b.param && a.exp_avg == b.exp_avg && a.exp_avg_sq == b.exp_avg_sq &&
-         a.max_exp_avg_sq == b.max_exp_avg_sq && a.numel == b.numel &&
-         a.multipliers == b.multipliers;
+  bool equal = a.param == b.param && a.numel == b.numel;
+  for (int i = 0; i < Buffer::count; ++i) equal &= a.buffers[i] == b.buffers[i];
+  return equal;
 }
 
 // Elements [chunk * n, (chunk + 1) * n) of a tensor, where n is the backend's chunk size.

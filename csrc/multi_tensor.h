@@ -281,21 +281,21 @@ ADAMAL_HD ADAMAL_INLINE void step_block(const LaunchParams& params, int64_t bloc
 #ifdef __CUDA_ARCH__
   // A pointer read from memory is generic to the compiler: say that it need not be.
   __builtin_assume(__isGlobal(tensor.param));
-  __builtin_assume(__isGlobal(tensor.exp_avg));
-  __builtin_assume(__isGlobal(tensor.exp_avg_sq));
+  __builtin_assume(__isGlobal(tensor.buffers[Buffer::exp_avg]));
+  __builtin_assume(__isGlobal(tensor.buffers[Buffer::exp_avg_sq]));
   if (kSecondMoment == SecondMoment::amsgrad) {
-    __builtin_assume(__isGlobal(tensor.max_exp_avg_sq));
+    __builtin_assume(__isGlobal(tensor.buffers[Buffer::max_exp_avg_sq]));
   }
 #endif
   const int64_t offset = item.chunk * kCudaChunk<T>;
   Chunk<Param, Grad, T> chunk{static_cast<Param*>(tensor.param) + offset,
                               grad + offset,
-                              static_cast<T*>(tensor.exp_avg) + offset,
-                              static_cast<T*>(tensor.exp_avg_sq) + offset,
+                              static_cast<T*>(tensor.buffers[Buffer::exp_avg]) + offset,
+                              static_cast<T*>(tensor.buffers[Buffer::exp_avg_sq]) + offset,
                               nullptr,
                               int(min_of(tensor.numel - offset, kCudaChunk<T>))};
   if constexpr (kSecondMoment == SecondMoment::amsgrad) {
-    chunk.max_exp_avg_sq = static_cast<T*>(tensor.max_exp_avg_sq) + offset;
+    chunk.max_exp_avg_sq = static_cast<T*>(tensor.buffers[Buffer::max_exp_avg_sq]) + offset;
   }
   const StepScalars<T> scalars = params.scalars_of(slot);
   watch.begin(scalars);

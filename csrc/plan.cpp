@@ -59,7 +59,7 @@ void check_sets(const std::vector<TensorEntry>& tensors, const std::vector<Coupl
     TORCH_CHECK(covers(sets[i], tensors[i].numel), "the ", sets[i].rows, " rows of ",
                 sets[i].length, " elements of a set do not make up the ", tensors[i].numel,
                 " elements of parameter ", i);
-    TORCH_CHECK(tensors[i].multipliers != nullptr || tensors[i].numel == 0, "parameter ", i,
+    TORCH_CHECK(tensors[i].multipliers() != nullptr || tensors[i].numel == 0, "parameter ", i,
                 " has a set and no multipliers");
   }
 }

@@ -149,15 +149,16 @@ bool TritonPlan::update_alignment(const Bucket& bucket) {
     aligned_.assign(bucket.tensor_count, true);
     changed = true;
   }
-  const auto is_aligned = [](auto... addresses) {
-    return (... | reinterpret_cast<uintptr_t>(addresses)) % kAlignment == 0;
-  };
   for (int64_t i = 0; i < bucket.tensor_count; ++i) {
     // A gradient that is gone most often comes back to where the last one was, or near it.
     if (bucket.grads[i] == nullptr && handed_over_) continue;
     const TensorEntry& e = bucket.tensors[i];
-    const bool aligned =
-        is_aligned(e.param, e.exp_avg, e.exp_avg_sq, e.max_exp_avg_sq, bucket.grads[i]);
+    auto bits = reinterpret_cast<uintptr_t>(e.param) | reinterpret_cast<uintptr_t>(bucket.grads[i]);
+    for (int which = 0; which < Buffer::count; ++which) {
+      if (kBuffers[which].shape == BufferShape::rows) continue;  // read one by one
+      bits |= reinterpret_cast<uintptr_t>(e.buffers[which]);
+    }
+    const bool aligned = bits % kAlignment == 0;
     changed = changed || aligned != aligned_[i];
     aligned_[i] = aligned;
   }

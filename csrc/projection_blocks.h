@@ -99,7 +99,7 @@ struct ProjectTile {
     const TensorEntry& tensor = tensors[item.tensor];
     const int64_t first_row = int64_t(item.chunk) * tile.rows;
     const int row_count = int(min_of(rows.rows - first_row, int64_t(tile.rows)));
-    double* const multipliers = tensor.multipliers + first_row;
+    double* const multipliers = tensor.multipliers() + first_row;
 
     // Calls body(row, place, first element) for a thread's leaves; a row's number is the tile's.
     const auto for_leaves = [&](int thread, const auto& body) {
@@ -250,7 +250,7 @@ struct BeginSearches : LongRows {
     block.phase([&](int thread) {
       if (thread != 0) return;
       search = begin_search(entry.rows.set, shared.lanes[0].first,
-                            tensors[item.tensor].multipliers[item.chunk]);
+                            tensors[item.tensor].multipliers()[item.chunk]);
       if (search.state == SearchState::searching) is_searching[0] = 1;
     });
   }
@@ -345,7 +345,7 @@ struct FinishSearches : LongRows {
     block.phase([&](int thread) {
       if (thread != 0) return;
       entry.searches[item.chunk] = shared.search;
-      tensor.multipliers[item.chunk] = shared.search.multiplier;
+      tensor.multipliers()[item.chunk] = shared.search.multiplier;
     });
   }
 };

@@ -39,9 +39,8 @@ struct View {
     if (!is_projected) return;  // It has no scalars either.
     const TensorEntry& tensor = bucket.tensors[index];
     param = static_cast<Param*>(tensor.param);
-    denominator_sq = static_cast<const T*>(
-        tensor.max_exp_avg_sq == nullptr ? tensor.exp_avg_sq : tensor.max_exp_avg_sq);
-    multipliers = tensor.multipliers;
+    denominator_sq = static_cast<const T*>(tensor.divisor());
+    multipliers = tensor.multipliers();
     scalars = StepScalars<T>(bucket.scalars[bucket.rows[index]]);
     is_projected = projects(scalars);
   }

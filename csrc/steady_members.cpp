@@ -18,20 +18,20 @@ constexpr float kMostSteps = 1e12f;
 
 }  // namespace
 
-SteadyState::StateKey::Which SteadyState::StateKey::find(PyObject* key) {
+int SteadyState::Which::find(PyObject* key) {
   // Interned once: a dict's own keys are nearly always the same objects.
-  static PyObject* const names[count] = {
-      PyUnicode_InternFromString("step"), PyUnicode_InternFromString("exp_avg"),
-      PyUnicode_InternFromString("exp_avg_sq"), PyUnicode_InternFromString("max_exp_avg_sq"),
-      PyUnicode_InternFromString("multiplier")};
-  for (int i = 0; i < count; ++i) {
-    if (key == names[i]) return static_cast<Which>(i);
+#define ADAMAL_KEY(key, shape, needs) PyUnicode_InternFromString(#key),
+  static PyObject* const names[of_state] = {ADAMAL_BUFFERS(ADAMAL_KEY)
+                                                PyUnicode_InternFromString("step")};
+#undef ADAMAL_KEY
+  for (int i = 0; i < of_state; ++i) {
+    if (key == names[i]) return i;
   }
-  if (!PyUnicode_CheckExact(key)) return count;
-  for (int i = 0; i < count; ++i) {
-    if (PyUnicode_Compare(key, names[i]) == 0) return static_cast<Which>(i);
+  if (!PyUnicode_CheckExact(key)) return of_state;
+  for (int i = 0; i < of_state; ++i) {
+    if (PyUnicode_Compare(key, names[i]) == 0) return i;
   }
-  return count;
+  return of_state;
 }
 
 bool SteadyState::check_members(PyObject* groups, PyObject* state) {
@@ -105,7 +105,7 @@ void SteadyState::prefetch_fixed(size_t index) const {
     }
   };
   prefetch_from(members_[index].param, footprint.param);
-  for (int i = 0; i < StateKey::count; ++i) {
+  for (int i = 0; i < Which::of_state; ++i) {
     prefetch_from(footprint.objects[i], footprint.state[i]);
   }
 }
@@ -136,7 +136,7 @@ bool SteadyState::read_member(size_t index, TensorEntry* entry, const void** gra
   if (member.is_sharded) {
     specs_[index].is_settled = true;
     specs_[index].param_impl = THPVariable_Unpack(member.param).unsafeGetTensorImpl();
-    part = part_of(index, member.param, Specs::param);
+    part = part_of(index, member.param, Which::param);
     if (part == nullptr) return false;
   }
   // The parameter has the gradient, its part the elements.
@@ -159,28 +159,25 @@ bool SteadyState::read_member(size_t index, TensorEntry* entry, const void** gra
   PyObject* const values = values_[index];
   if (!PyDict_CheckExact(values)) return false;
   if (!footprint.version.is_of(values) && !find_objects(index, values)) return false;
-  const c10::TensorImpl* const count = state_tensor(index, StateKey::step);
+  const c10::TensorImpl* const count = state_tensor(index, Which::step);
   if (count == nullptr || !is_count(member, *count)) return false;
-  *entry = {layout.mutable_address(param, param_type.bytes),
-            nullptr,
-            nullptr,
-            nullptr,
-            layout.numel() << member.is_complex,
-            nullptr};
-  const auto read_moment = [&](StateKey::Which which, void** address) {
-    const ElementType moment_type = step.moment_types[member.is_complex];
+  *entry = {
+      layout.mutable_address(param, param_type.bytes), layout.numel() << member.is_complex, {}};
+  const ElementType moment_type = step.moment_types[member.is_complex];
+  for (int which = 0; which < Buffer::count; ++which) {
+    if ((step.state_keys >> which & 1) == 0) continue;
     const c10::TensorImpl* const tensor = state_tensor(index, which);
-    if (tensor == nullptr || !layout.holds_for(*tensor, moment_type)) return false;
-    *address = layout.mutable_address(*tensor, moment_type.bytes);
-    return true;
-  };
-  if (!read_moment(StateKey::exp_avg, &entry->exp_avg) ||
-      !read_moment(StateKey::exp_avg_sq, &entry->exp_avg_sq)) {
-    return false;
+    if (tensor == nullptr) return false;
+    if (kBuffers[which].shape == BufferShape::rows) {
+      if (!has_rows(index, *tensor)) return false;
+      if (tensor->numel() == 0) continue;
+      entry->buffers[which] =
+          static_cast<double*>(storage_of(*tensor)->mutable_data()) + tensor->storage_offset();
+    } else {
+      if (!layout.holds_for(*tensor, moment_type)) return false;
+      entry->buffers[which] = layout.mutable_address(*tensor, moment_type.bytes);
+    }
   }
-  const bool has_max = step.state_keys >> StateKey::max_exp_avg_sq & 1;
-  if (has_max && !read_moment(StateKey::max_exp_avg_sq, &entry->max_exp_avg_sq)) return false;
-  if (step.has_sets && !read_multipliers(index, entry)) return false;
 
   *grad = nullptr;
   if (const at::Tensor* gradient = gradient_of(owner)) {
@@ -188,7 +185,7 @@ bool SteadyState::read_member(size_t index, TensorEntry* entry, const void** gra
     return member.is_sharded ? read_sharded_gradient(index, layout, tensor, grad)
                              : read_gradient(index, layout, tensor, grad);
   }
-  if (member.is_sharded) specs_[index].seen[Specs::grad] = nullptr;
+  if (member.is_sharded) specs_[index].seen[Which::grad] = nullptr;
   return true;
 }
 
@@ -199,7 +196,7 @@ bool SteadyState::find_objects(size_t index, PyObject* values) {
   PyObject *key, *value;
   Py_ssize_t position = 0;
   while (missing != 0 && PyDict_Next(values, &position, &key, &value)) {
-    const StateKey::Which which = StateKey::find(key);
+    const int which = Which::find(key);
     if ((missing >> which & 1) == 0) continue;
     missing &= ~(1u << which);
     footprint.objects[which] = value;
@@ -209,21 +206,17 @@ bool SteadyState::find_objects(size_t index, PyObject* values) {
   return true;
 }
 
-c10::TensorImpl* SteadyState::state_tensor(size_t index, StateKey::Which which) {
+c10::TensorImpl* SteadyState::state_tensor(size_t index, int which) {
   Footprint& footprint = footprints_[index];
   PyObject* object = footprint.objects[which];
-  static_assert(int{StateKey::exp_avg} == int{Specs::exp_avg} &&
-                int{StateKey::exp_avg_sq} == int{Specs::exp_avg_sq} &&
-                int{StateKey::max_exp_avg_sq} == int{Specs::max_exp_avg_sq});
-  if (members_[index].is_sharded && which != StateKey::step) {
-    // None of these has a set, and so a multiplier, which Specs does not know.
-    object = part_of(index, object, static_cast<Specs::Which>(which));
+  if (members_[index].is_sharded && which != Which::step) {
+    object = part_of(index, object, which);
     if (object == nullptr) return nullptr;
   }
   if (!THPVariable_CheckExact(object)) return nullptr;
   c10::TensorImpl* const tensor = THPVariable_Unpack(object).unsafeGetTensorImpl();
   // All counts are of one storage, which stays in the caches.
-  footprint.state[which].note({tensor, which == StateKey::step ? nullptr : storage_of(*tensor)});
+  footprint.state[which].note({tensor, which == Which::step ? nullptr : storage_of(*tensor)});
   return tensor;
 }
 
@@ -252,25 +245,16 @@ bool SteadyState::is_own_count(const Member& member, const c10::TensorImpl& tens
   return true;
 }
 
-bool SteadyState::read_multipliers(size_t index, TensorEntry* entry) {
-  const c10::TensorImpl* const found = state_tensor(index, StateKey::multiplier);
-  if (found == nullptr) return false;
-  const c10::TensorImpl& tensor = *found;
+bool SteadyState::has_rows(size_t index, const c10::TensorImpl& tensor) const {
   const Member& member = members_[index];
   const PlanStep& step = plans_[member.plan];
   const int64_t rows = step.sets[member.slot].rows;
-  constexpr auto kBytes = static_cast<int64_t>(sizeof(double));
-  if (tensor.key_set() != member.key_set || tensor.dtype() != caffe2::TypeMeta::Make<double>() ||
-      tensor.device() != step.plan->device() || tensor.numel() != rows ||
-      !tensor.is_non_overlapping_and_dense()) {
-    return false;
-  }
-  if (rows == 0) return true;
   const auto bytes = static_cast<int64_t>(tensor.unsafe_storage().nbytes());
-  if (bytes < (tensor.storage_offset() + rows) * kBytes) return false;
-  void* const storage = storage_of(tensor)->mutable_data();
-  entry->multipliers = static_cast<double*>(storage) + tensor.storage_offset();
-  return true;
+  return tensor.key_set() == member.key_set && tensor.dtype() == caffe2::TypeMeta::Make<double>() &&
+         tensor.device() == step.plan->device() && tensor.numel() == rows &&
+         tensor.is_non_overlapping_and_dense() &&
+         (rows == 0 ||
+          bytes >= (tensor.storage_offset() + rows) * static_cast<int64_t>(sizeof(double)));
 }
 
 }  // namespace adamal

@@ -14,22 +14,22 @@ bool SteadyState::read_sharded_gradient(size_t index, const ParamLayout& layout,
   const at::Tensor& param = THPVariable_Unpack(members_[index].param);
   if (object == nullptr || gradient.sizes() != param.sizes()) return false;
   Specs& specs = specs_[index];
-  PyObject* const part = part_of(index, object, Specs::grad);
-  if (part == nullptr || specs.seen[Specs::grad] != specs.agreed[Specs::grad].ptr()) {
+  PyObject* const part = part_of(index, object, Which::grad);
+  if (part == nullptr || specs.seen[Which::grad] != specs.agreed[Which::grad].ptr()) {
     specs.is_settled = false;  // Then it is read when it is.
-    return specs.seen[Specs::grad] != nullptr;
+    return specs.seen[Which::grad] != nullptr;
   }
   return read_gradient(index, layout, *THPVariable_Unpack(part).unsafeGetTensorImpl(), grad);
 }
 
-PyObject* SteadyState::part_of(size_t index, PyObject* tensor, Specs::Which which) {
+PyObject* SteadyState::part_of(size_t index, PyObject* tensor, int which) {
   if (!sharded_->holds(tensor)) return nullptr;
   Specs& specs = specs_[index];
   specs.seen[which] = sharded_->spec(tensor);
   if (specs.seen[which] == nullptr) return nullptr;
   if (specs.seen[which] != specs.agreed[which].ptr()) specs.is_settled = false;
   PyObject* const part = sharded_->local(tensor);
-  if (which != Specs::grad) {
+  if (which != Which::grad) {
     specs.tensors[which] = tensor;
     specs.parts[which] = part;
   }
@@ -80,13 +80,14 @@ PyObject* SteadyState::gradient_object(const Member& member) const {
 bool SteadyState::compare_specs(Specs* specs, bool* grad_is_placed_alike) const {
   *grad_is_placed_alike = true;
   py::object* const agreed = specs->agreed;
-  for (int which = 0; which < Specs::count; ++which) {
+  for (int i = 0; i < Which::count; ++i) {
+    const int which = (Which::param + i) % Which::count;  // the others follow the parameter
     PyObject* const spec = specs->seen[which];
     if (spec == nullptr || spec == agreed[which].ptr()) continue;
-    if (agreed[Specs::param]) {
-      if (!sharded_->same_mesh(spec, agreed[Specs::param].ptr())) return false;
-      if (!sharded_->same_placements(spec, agreed[Specs::param].ptr())) {
-        if (which != Specs::grad) return false;
+    if (agreed[Which::param]) {
+      if (!sharded_->same_mesh(spec, agreed[Which::param].ptr())) return false;
+      if (!sharded_->same_placements(spec, agreed[Which::param].ptr())) {
+        if (which != Which::grad) return false;
         *grad_is_placed_alike = false;
         continue;
       }
@@ -105,7 +106,7 @@ void SteadyState::prefetch_sharded(size_t index, size_t end) const {
     const Specs& specs = specs_[far];
     __builtin_prefetch(footprints_[far].grad);
     prefetch_bytes(specs.param_impl, sizeof(c10::TensorImpl));
-    for (int i = 0; i < Specs::grad; ++i) {
+    for (int i = 0; i < Which::held; ++i) {
       if (specs.tensors[i] == nullptr) continue;
       prefetch_bytes(specs.tensors[i], kBytes);
       __builtin_prefetch(specs.parts[i]);

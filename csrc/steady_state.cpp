@@ -89,10 +89,11 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
     step.host_counts = step.steps.is_cpu();
     step.sets = std::move(sets.at(i));
     step.has_sets = !step.sets.empty();
-    const unsigned amsgrad = step.plan->second_moment() == SecondMoment::amsgrad;
-    const unsigned has_sets = step.has_sets;
-    step.state_keys = 1 << StateKey::step | 1 << StateKey::exp_avg | 1 << StateKey::exp_avg_sq |
-                      amsgrad << StateKey::max_exp_avg_sq | has_sets << StateKey::multiplier;
+    step.state_keys = 1u << Which::step;
+    for (int which = 0; which < Buffer::count; ++which) {
+      const bool exists = kBuffers[which].exists(step.plan->second_moment(), step.has_sets);
+      step.state_keys |= static_cast<unsigned>(exists) << which;
+    }
   }
 
   std::unordered_map<PyObject*, int64_t> member_of;
@@ -177,7 +178,7 @@ bool SteadyState::bind(const py::handle& state,
 void SteadyState::find_own_count(size_t index) {
   PyObject* const values = values_[index];
   if (!PyDict_CheckExact(values) || !find_objects(index, values)) return;
-  PyObject* const object = footprints_[index].objects[StateKey::step];
+  PyObject* const object = footprints_[index].objects[Which::step];
   if (!THPVariable_CheckExact(object)) return;
   const at::Tensor& count = THPVariable_Unpack(object);
   PlanStep& step = plans_[members_[index].plan];

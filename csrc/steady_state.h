@@ -88,24 +88,24 @@ class SteadyState {
     bool is_sharded;
     c10::DispatchKeySet key_set;
   };
+  // A parameter's tensors: its buffers, by their index, and others.
+  struct Which {
+    static constexpr int step = Buffer::count, param = step + 1, grad = param + 1;
+    static constexpr int of_state = step + 1, held = grad, count = grad + 1;
+
+    // That of a key of a parameter's state; `of_state` of any other.
+    static int find(PyObject* key);
+  };
   // The specs of a sharded member's tensors. Those that agreed in an earlier step are known by
   // address; comparing others takes Python, and so the thread that holds the GIL.
   struct Specs {
-    enum Which { param, exp_avg, exp_avg_sq, max_exp_avg_sq, grad, count };
-    pybind11::object agreed[count];
-    PyObject* seen[count] = {};  // in this step, borrowed
+    pybind11::object agreed[Which::count];
+    PyObject* seen[Which::count] = {};  // in this step, borrowed
     bool is_settled = true;
     // Where the last step found the tensors and this process's parts of them, as in Footprint.
-    const void* tensors[grad] = {};
-    const void* parts[grad] = {};
+    const void* tensors[Which::held] = {};
+    const void* parts[Which::held] = {};
     const void* param_impl = nullptr;
-  };
-  // A parameter's state, by name.
-  struct StateKey {
-    enum Which { step, exp_avg, exp_avg_sq, max_exp_avg_sq, multiplier, count };
-
-    // The one of a dict's key; `count` of any other.
-    static Which find(PyObject* key);
   };
   // Where the last step found what the next one will read: thousands of small objects all over
   // memory, which are prefetched some members ahead. Followed in that same step only, whose
@@ -125,8 +125,8 @@ class SteadyState {
     const void* version_counter = nullptr;
     Place param;
     DictVersion version;  // of the dict that holds the state's tensors
-    PyObject* objects[StateKey::count] = {};
-    Place state[StateKey::count];
+    PyObject* objects[Which::of_state] = {};
+    Place state[Which::of_state];
   };
   struct StateEntry {
     PyObject* key;
@@ -172,15 +172,15 @@ class SteadyState {
   // Finds a member's state in its dict; false where there is less than its plan needs.
   bool find_objects(size_t index, PyObject* values);
   // One of those; null where it is no tensor of this process to be read.
-  c10::TensorImpl* state_tensor(size_t index, StateKey::Which which);
+  c10::TensorImpl* state_tensor(size_t index, int which);
   bool is_count(const Member& member, const c10::TensorImpl& tensor);
   // Whether a count is one of its own; reads it.
   bool is_own_count(const Member& member, const c10::TensorImpl& tensor);
   // Of a member that is being bound.
   void find_own_count(size_t index);
   void write_own_counts(bool host_steps);
-  // Reads the multipliers of one with a set; false where they are not as they were checked.
-  bool read_multipliers(size_t index, TensorEntry* entry);
+  // Whether a tensor has a number for each row of a member's set.
+  bool has_rows(size_t index, const c10::TensorImpl& tensor) const;
   bool read_gradient(size_t index, const ParamLayout& layout, const c10::TensorImpl& gradient,
                      const void** grad) const;
   void prefetch(size_t index, size_t first, size_t end) const;
@@ -199,7 +199,7 @@ class SteadyState {
   bool read_sharded_gradient(size_t index, const ParamLayout& layout,
                              const c10::TensorImpl& gradient, const void** grad);
   // This process's part of one of a member's tensors; null if it has none to be read here.
-  PyObject* part_of(size_t index, PyObject* tensor, Specs::Which which);
+  PyObject* part_of(size_t index, PyObject* tensor, int which);
   PyObject* gradient_object(const Member& member) const;
   // Compares the specs that have changed, and reads the gradients left out for that; once all
   // agree, has those redistributed that are placed otherwise than their parameters, into `held`.

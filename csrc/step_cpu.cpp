@@ -86,11 +86,13 @@ struct Span {
     if (const void* first = bucket.grads[item.tensor]) {
       grad = static_cast<const Grad*>(first) + offset;
     }
-    exp_avg = static_cast<T*>(tensor.exp_avg) + offset;
-    exp_avg_sq = static_cast<T*>(tensor.exp_avg_sq) + offset;
-    max_exp_avg_sq = tensor.max_exp_avg_sq == nullptr
-                         ? nullptr
-                         : static_cast<T*>(tensor.max_exp_avg_sq) + offset;
+    const auto elements = [&](Buffer::Index which) {
+      void* const first = tensor.buffers[which];
+      return first == nullptr ? nullptr : static_cast<T*>(first) + offset;
+    };
+    exp_avg = elements(Buffer::exp_avg);
+    exp_avg_sq = elements(Buffer::exp_avg_sq);
+    max_exp_avg_sq = elements(Buffer::max_exp_avg_sq);
     remaining = tensor.numel - offset;
     count = std::min(kCpuChunk, remaining);
   }

@@ -109,10 +109,8 @@ class SteppedRow {
   ADAMAL_HD SteppedRow(const CoupledRows& rows, const TensorEntry& tensor, int64_t row)
       : rows_(rows) {
     const int64_t offset = rows.row_offset(row);
-    const void* denominator_sq =
-        tensor.max_exp_avg_sq == nullptr ? tensor.exp_avg_sq : tensor.max_exp_avg_sq;
     param_ = static_cast<Param*>(tensor.param) + offset;
-    denominator_sq_ = static_cast<const T*>(denominator_sq) + offset;
+    denominator_sq_ = static_cast<const T*>(tensor.divisor()) + offset;
 #ifdef __CUDA_ARCH__
     __builtin_assume(__isGlobal(param_));
     __builtin_assume(__isGlobal(denominator_sq_));

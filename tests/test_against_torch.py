@@ -12,7 +12,7 @@ from support import Place
 from torch import Tensor
 
 import adamal_kernels
-from adamal_kernels.bucket import SecondMoment
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.dtypes import DtypePair
 
 STEPS = 10

@@ -378,10 +378,12 @@ def test_opcheck(device: torch.device, amsgrad: bool) -> None:
     lists = [
         params[:2],
         [param.grad for param in params[:2]],
-        [values["exp_avg"] for values in held],
-        [values["exp_avg_sq"] for values in held],
-        [values["max_exp_avg_sq"] for values in held] if amsgrad else [],
-        [values["multiplier"] for values in held],
+        [
+            values[key]
+            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "multiplier")
+            if amsgrad or key != "max_exp_avg_sq"
+            for values in held
+        ],
         [values["step"] for values in held],
         [lr],
     ]
@@ -405,10 +407,7 @@ def test_the_operator_on_copies_changes_what_it_was_given() -> None:
     torch.ops.adamal_kernels.step(
         values["param"],
         [grad],
-        values["exp_avg"],
-        values["exp_avg_sq"],
-        [],
-        [],
+        [*values["exp_avg"], *values["exp_avg_sq"]],
         values["step"],
         *([], None, None, [0], [], job.optimizer._handle, True),
     )
@@ -461,12 +460,12 @@ class TestRefusals:
     def test_an_optimizer_that_is_gone(self) -> None:
         job = Job()
         handle = new_handle(job.optimizer)
-        tensors = [[torch.ones(1)] for _ in range(4)]
+        tensors = [[torch.ones(1)] for _ in range(3)]
         del job
         gc.collect()
         with pytest.raises(RuntimeError, match="is gone"):
             torch.ops.adamal_kernels.step(
-                *tensors, [], [], [torch.ones(())], [], None, None, [0], [], handle, True
+                *tensors, [torch.ones(())], [], None, None, [0], [], handle, True
             )
 
 

@@ -26,7 +26,7 @@ from native_harness import (
 from test_native_walk import ROWS, decoded, differing, make_scalars, make_tensor
 
 from adamal_kernels import L1Ball, L2Ball, Simplex
-from adamal_kernels.bucket import SecondMoment
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.coupled import coupled_rows
 from adamal_kernels.dtypes import DTYPE_PAIRS, compute_dtype
 from adamal_kernels.oracle import TOLERANCES, nearest_point

@@ -19,7 +19,7 @@ import torch
 from between_workers import locked
 from native_programs import CSRC
 
-from adamal_kernels.bucket import SecondMoment
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
 
 NVCC = shutil.which("nvcc")

@@ -14,7 +14,7 @@ from native_harness import Command, DeviceCase, Harness, StepCase, TensorCase
 from native_programs import CSRC
 from test_native_walk import check, encoded, make_tensor
 
-from adamal_kernels.bucket import SecondMoment
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, compute_dtype
 from adamal_kernels.gradient_norm import squared_norm
 from adamal_kernels.hyperparameters import StepOptions, derive_step_scalars, gradient_factor

@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamal_kernels import Adam, AdamAL, Box
 from adamal_kernels.backends import BACKENDS
-from adamal_kernels.bucket import Bucket, BucketKey, DeviceScalars, SecondMoment
+from adamal_kernels.bucket import Bucket, BucketKey, DeviceScalars
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.cases import Case, cases
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
 from adamal_kernels.gradient_norm import ordered_sum
@@ -333,9 +334,7 @@ def test_eager_steps_wait_for_nothing(backend: str, second_moment: SecondMoment)
     """By operators alone, which a CUDA graph can capture; norms and records too."""
     key = BucketKey(torch.device("cpu"), DTYPE_PAIRS[0], second_moment, device_scalars=True)
     bucket = Bucket(key, rows=[0, 1, 2, 3])
-    streams = [bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs]
-    if second_moment is SecondMoment.AMSGRAD:
-        streams.append(bucket.max_exp_avg_sqs)
+    streams = [bucket.params, bucket.grads, *bucket.elementwise_buffers]
     for stream in streams:
         stream.extend(torch.ones(5) for _ in bucket.rows)
     bucket.records = [torch.zeros(1, WORDS, dtype=torch.int64) for _ in bucket.rows]

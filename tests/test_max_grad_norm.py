@@ -18,7 +18,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from adamal_kernels import Adam, AdamAL, AdamALW, AdamW, Box
 from adamal_kernels.backends import BACKENDS
-from adamal_kernels.bucket import Bucket, BucketKey, DeviceScalars, SecondMoment
+from adamal_kernels.bucket import Bucket, BucketKey, DeviceScalars
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
 from adamal_kernels.hyperparameters import StepInputs, StepOptions
 from adamal_kernels.plan import Plan
@@ -162,7 +163,9 @@ def test_the_device_is_not_waited_for(name: str) -> None:
     with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta"):
         made[0].sum().item()
     key = BucketKey(device, DTYPE_PAIRS[0], SecondMoment.MONOTONE, device_scalars=True)
-    bucket = Bucket(key, *([tensor] for tensor in made), rows=[0])
+    params, grads, *moments = ([tensor] for tensor in made)
+    bucket = Bucket(key, params, grads, rows=[0])
+    bucket.buffers |= zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
     lr, scale, found_inf, count = (torch.empty((), device=device) for _ in range(4))
     plan = Plan()
     inputs = StepInputs(grad_scale=scale, found_inf=found_inf, max_grad_norm=1.0)

@@ -26,7 +26,7 @@ from native_harness import (
     TensorCase,
 )
 
-from adamal_kernels.bucket import SecondMoment
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
 from adamal_kernels.hyperparameters import StepOptions, StepScalars, derive_step_scalars
 

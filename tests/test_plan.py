@@ -12,7 +12,8 @@ from support import Place, name_of
 from torch import Tensor, nn
 
 from adamal_kernels import Adam, AdamAL, Box
-from adamal_kernels.bucket import SecondMoment
+from adamal_kernels.buffers import BUFFERS, SecondMoment
+from adamal_kernels.build_info import load_extension
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
 from adamal_kernels.verify import different_values, same_bits
 
@@ -405,3 +406,9 @@ def test_amsgrad_switched_on_while_training(place: Place) -> None:
     optimizer.step()
     assert same_bits(optimizer.state[param]["max_exp_avg_sq"], largest)
     assert (optimizer.state[param]["exp_avg_sq"] < largest).all()
+
+
+def test_state_tensors_are_the_same_in_cpp() -> None:
+    """``ADAMAL_BUFFERS`` lists what ``BUFFERS`` does, in its order: entries are bound by it."""
+    expected = [(buffer.key, buffer.shape, buffer.needs) for buffer in BUFFERS]
+    assert load_extension("_C").buffers == expected

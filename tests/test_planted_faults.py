@@ -23,7 +23,7 @@ from between_workers import is_worker
 from forked_pytest import ROOT, run_pytest
 from native_harness import Command, Harness, HarnessError
 
-from adamal_kernels.bucket import SecondMoment
+from adamal_kernels.buffers import SecondMoment
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from test_native_walk import differing, expected_tensor, make_scalars, make_tens
 from torch import Tensor
 
 from adamal_kernels import L1Ball, L2Ball, Simplex
-from adamal_kernels.bucket import SecondMoment
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.coupled import coupled_rows, project, project_rows
 from adamal_kernels.dtypes import DTYPE_PAIRS, compute_dtype
 from adamal_kernels.hyperparameters import StepScalars

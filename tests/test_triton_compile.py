@@ -18,7 +18,8 @@ import pytest
 import torch
 from test_cuda_machine_code import loads_in_flight, parse_code
 
-from adamal_kernels.bucket import BucketKey, SecondMoment
+from adamal_kernels.bucket import BucketKey
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
 
 triton = pytest.importorskip("triton")

@@ -26,7 +26,8 @@ from test_triton_compile import (  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from adamal_kernels.backends import triton_kernels, triton_long_rows, triton_rows  # noqa: E402
-from adamal_kernels.bucket import BucketKey, SecondMoment  # noqa: E402
+from adamal_kernels.bucket import BucketKey  # noqa: E402
+from adamal_kernels.buffers import SecondMoment  # noqa: E402
 from adamal_kernels.dtypes import DtypePair, compute_dtype  # noqa: E402
 
 pytestmark = pytest.mark.skipif(

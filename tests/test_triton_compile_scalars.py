@@ -30,7 +30,8 @@ from test_triton_compile import (
 from triton.backends.compiler import GPUTarget
 
 from adamal_kernels.backends import triton_kernels, triton_norm, triton_scalars
-from adamal_kernels.bucket import BucketKey, SecondMoment
+from adamal_kernels.bucket import BucketKey
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.dtypes import DtypePair, compute_dtype
 
 pytestmark = pytest.mark.skipif(

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from adamal_kernels.bucket import BucketKey, SecondMoment
+from adamal_kernels.bucket import BucketKey
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.dtypes import DtypePair, compute_dtype
 
 triton = pytest.importorskip("triton")

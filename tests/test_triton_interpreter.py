@@ -21,7 +21,8 @@ from triton_interpreter import BLOCK, STREAMS, VARIANTS, Shape
 
 from adamal_kernels import L2Ball, Simplex
 from adamal_kernels.backends.triton import TritonBackend
-from adamal_kernels.bucket import BucketKey, SecondMoment
+from adamal_kernels.bucket import BucketKey
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
 from adamal_kernels.gradient_norm import LANES, chunk_elements
 
@@ -64,7 +65,7 @@ def test_same_bits(
 
 @pytest.mark.parametrize("numel", [2, 3, 4, 5, 15, 16, 17, BLOCK - 4, BLOCK, BLOCK + 3, 2 * BLOCK])
 def test_sizes(interpreted: Run, numel: int) -> None:
-    shapes = (Shape(numel), Shape(numel, misaligned="params"))
+    shapes = (Shape(numel), Shape(numel, misaligned="param"))
     interpreted(checks.check_steps, FLOAT32, SecondMoment.MONOTONE, ("box",), shapes)
 
 

@@ -456,11 +456,12 @@ def test_records_of_another_kind_are_refused() -> None:
     extension = load_extension("_C")
     plan = extension.cpu_plan(0, 0)
     tensors = [torch.zeros(20000)]
+    buffers = [tensors, tensors, [], []]
     good = torch.zeros(2, WORDS, dtype=torch.int64)
     for bad in (good[:1], good.float(), good[:, ::2], torch.zeros(3, WORDS, dtype=torch.int64)):
         with pytest.raises(RuntimeError, match="records must be int64"):
-            plan.bind(tensors, tensors, tensors, [], [], [], [bad])
-    plan.bind(tensors, tensors, tensors, [], [], [], [good])
+            plan.bind(tensors, buffers, [], [bad])
+    plan.bind(tensors, buffers, [], [good])
 
 
 def test_off_no_records_are_asked_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from native_harness import Array, Command, Harness, StepCase, TensorCase
 from test_native_walk import check, expected_tensor, make_scalars, make_tensor
 
-from adamal_kernels.bucket import SecondMoment
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, compute_dtype
 from adamal_kernels.hyperparameters import StepScalars
 from adamal_kernels.watch_records import WORDS, Record, record_steps, unpacked

@@ -9,7 +9,7 @@ import pytest
 import test_cuda_machine_code as unwatched
 from test_cuda_machine_code import CAPACITIES, compile_cuda, parse_code, rounded_arithmetic
 
-from adamal_kernels.bucket import SecondMoment
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS
 
 pytestmark = unwatched.pytestmark

@@ -13,12 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton_interpreter import BACKENDS, BLOCK, CPU, Shape, make_tensors, put_special
+from triton_interpreter import (
+    BACKENDS,
+    BLOCK,
+    CPU,
+    Shape,
+    make_tensors,
+    put_special,
+    streams_of,
+)
 
 from adamal_kernels import AdamAL, Box
 from adamal_kernels import backends as registry
 from adamal_kernels.backends.reference import ReferenceBackend
-from adamal_kernels.bucket import BucketKey, DeviceScalars, SecondMoment
+from adamal_kernels.bucket import BucketKey, DeviceScalars
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.dtypes import DtypePair, compute_dtype
 from adamal_kernels.gradient_norm import chunk_elements
 from adamal_kernels.hyperparameters import StepInputs, StepOptions
@@ -92,8 +101,8 @@ def check_derived(plan: str, dtypes: DtypePair, given: str, tensors: int = 30) -
             options = len(bucket.device_scalars.options)
             bucket.rows = [(i + step) % options for i in range(tensors)]
             backend.step(bucket)
-        for name in ("params", "exp_avgs", "exp_avg_sqs"):
-            pairs = zip(getattr(ours, name), getattr(theirs, name), strict=True)
+        for name in ("param", "exp_avg", "exp_avg_sq"):
+            pairs = zip(streams_of(ours)[name], streams_of(theirs)[name], strict=True)
             assert all(same_bits(found, expected) for found, expected in pairs), name
         found, expected = ours.device_scalars, theirs.device_scalars
         assert found.steps == expected.steps
@@ -103,14 +112,14 @@ def check_derived(plan: str, dtypes: DtypePair, given: str, tensors: int = 30) -
 def check_norm(dtypes: DtypePair, numels: tuple[int, ...], special: bool = False) -> None:
     """Check that the sum of squares is the reference's, of aligned and misaligned gradients."""
     key = BucketKey(CPU, dtypes, SecondMoment.MONOTONE)
-    shapes = tuple(Shape(numel, "grads" if i % 2 else None) for i, numel in enumerate(numels))
+    shapes = tuple(Shape(numel, "grad" if i % 2 else None) for i, numel in enumerate(numels))
     made = make_tensors(key, tuple(Shape(0) for _ in shapes))
     generator = torch.Generator().manual_seed(1)
     for shape in shapes:
         grad = torch.randn(shape.numel, generator=generator).to(dtypes.grad)
         if special:
             put_special(grad)
-        made.bucket.grads.append(made.place(grad, int(shape.misaligned == "grads")))
+        made.bucket.grads.append(made.place(grad, int(shape.misaligned == "grad")))
     found = BACKENDS["C++"]().squared_norm(made.bucket)
     expected = ReferenceBackend().squared_norm(made.bucket)
     assert found.dtype == torch.float64

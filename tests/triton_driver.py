@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from adamal_kernels import L2Ball
-from adamal_kernels.bucket import Bucket, BucketKey, DeviceScalars, SecondMoment
+from adamal_kernels.bucket import Bucket, BucketKey, DeviceScalars
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.coupled import coupled_rows
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
 from adamal_kernels.hyperparameters import StepOptions, derive_step_scalars
@@ -183,8 +184,9 @@ def check_every_kernel_launches_twice() -> None:
     def bucket_of(lengths: Sequence[int], **kind: bool) -> Bucket:
         device = torch.device("cpu")
         key = BucketKey(device, DTYPE_PAIRS[0], SecondMoment.MONOTONE, **kind)
-        streams = ([torch.ones(2 * length) for length in lengths] for _ in range(4))
-        bucket = Bucket(key, *streams, rows=[0] * len(lengths))
+        bucket = Bucket(key, rows=[0] * len(lengths))
+        for stream in (bucket.params, bucket.grads, *bucket.elementwise_buffers):
+            stream += [torch.ones(2 * length) for length in lengths]
         options = StepOptions(0.1, 0.9, 0.99, 1e-8, 0.0, False, False, True)
         if key.device_scalars:
             steps = [torch.zeros(()) for _ in lengths]
@@ -195,7 +197,7 @@ def check_every_kernel_launches_twice() -> None:
         if key.coupled:
             rows = [torch.empty(2, length) for length in lengths]
             bucket.sets = [coupled_rows(tensor, L2Ball(1.0, dim=1)) for tensor in rows]
-            bucket.multipliers = [torch.zeros(2, dtype=torch.float64) for _ in lengths]
+            bucket.buffers["multiplier"] = [torch.zeros(2).double() for _ in lengths]
         return bucket
 
     backend = TritonBackend()

@@ -22,15 +22,16 @@ from torch import Tensor
 from adamal_kernels import Adam, AdamAL
 from adamal_kernels.backends.reference import ReferenceBackend
 from adamal_kernels.backends.triton import TritonBackend
-from adamal_kernels.backends.triton_plan import TensorEntry
-from adamal_kernels.bucket import Bucket, BucketKey, SecondMoment
+from adamal_kernels.backends.triton_plan import TensorEntry, tensor_table
+from adamal_kernels.bucket import Bucket, BucketKey
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.dtypes import DtypePair, compute_dtype
 from adamal_kernels.hyperparameters import StepOptions, derive_step_scalars
 from adamal_kernels.verify import same_bits
 
 CPU = torch.device("cpu")
 BLOCK = 1024
-STREAMS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 _OPTIONS: dict[str, Any] = {
     "lr": 1e-2,
@@ -65,7 +66,7 @@ SHAPES = (
     Shape(1),
     Shape(7),
     Shape(BLOCK - 1),
-    Shape(BLOCK + 1, misaligned="params"),
+    Shape(BLOCK + 1, misaligned="param"),
     Shape(2 * BLOCK + 5),
 )
 
@@ -134,17 +135,22 @@ def make_tensors(key: BucketKey, shapes: tuple[Shape, ...]) -> Tensors:
         values = [torch.randn(shape.numel, generator=generator, dtype=dtype) for _ in range(4)]
         param, exp_avg, exp_avg_sq, maximum = values
         streams = {
-            "params": param.to(key.dtypes.param),
-            "exp_avgs": exp_avg * 0.1,
-            "exp_avg_sqs": exp_avg_sq.square(),
-            "max_exp_avg_sqs": maximum.square(),
+            "param": param.to(key.dtypes.param),
+            "exp_avg": exp_avg * 0.1,
+            "exp_avg_sq": exp_avg_sq.square(),
+            "max_exp_avg_sq": maximum.square(),
         }
         if key.second_moment is not SecondMoment.AMSGRAD:
-            del streams["max_exp_avg_sqs"]
+            del streams["max_exp_avg_sq"]
         for name, stream in streams.items():
             offset = int(name == shape.misaligned)
-            getattr(made.bucket, name).append(made.place(stream, offset))
+            streams_of(made.bucket)[name].append(made.place(stream, offset))
     return made
+
+
+def streams_of(bucket: Bucket) -> dict[str, list[Tensor]]:
+    """Return the tensors of every stream, by its name."""
+    return {"param": bucket.params, "grad": bucket.grads, **bucket.buffers}
 
 
 def set_step(
@@ -158,7 +164,7 @@ def set_step(
         grad = torch.randn(shape.numel, generator=generator).to(bucket.key.dtypes.grad)
         if special:
             put_special(grad)
-        bucket.grads.append(made.place(grad, int(shape.misaligned == "grads")))
+        bucket.grads.append(made.place(grad, int(shape.misaligned == "grad")))
     bucket.scalars = [
         derive_step_scalars(step, StepOptions(**{**_OPTIONS, **VARIANTS[name]}))
         for name in variants
@@ -194,7 +200,7 @@ def check_steps(
             set_step(made, shapes, step, variants, special=step == 1)
             backend.step(made.bucket)
         for name in STREAMS:
-            pairs = zip(getattr(ours.bucket, name), getattr(theirs.bucket, name), strict=True)
+            pairs = zip(streams_of(ours.bucket)[name], streams_of(theirs.bucket)[name], strict=True)
             for shape, (found, expected) in zip(shapes, pairs, strict=False):
                 assert same_bits(found, expected), f"{name} of {shape} after step {step}"
     ours.check_edges()
@@ -206,8 +212,8 @@ def check_zero_by_zero(dtypes: DtypePair, second_moment: SecondMoment) -> None:
     made = make_tensors(BucketKey(CPU, dtypes, second_moment), shapes)
     set_step(made, shapes, 1, ("algorithm 1",), special=False)
     bucket = made.bucket
-    for tensor in (*bucket.grads, *bucket.exp_avgs, *bucket.exp_avg_sqs, *bucket.max_exp_avg_sqs):
-        tensor.zero_()
+    for stream in (bucket.grads, *bucket.elementwise_buffers):
+        torch._foreach_zero_(stream)
     before = bucket.params[0].clone()
     TritonBackend().step(bucket)
     assert same_bits(bucket.params[0], before)
@@ -231,20 +237,19 @@ def check_far_block(dtypes: DtypePair) -> None:
         return tensor.data_ptr() - chunk * BLOCK * tensor.element_size()
 
     entries = [
-        TensorEntry(base(p), base(m), base(v), base(v), chunk * BLOCK + p.numel())
-        for p, m, v in zip(bucket.params, bucket.exp_avgs, bucket.exp_avg_sqs, strict=True)
+        TensorEntry(base(p), chunk * BLOCK + p.numel(), (base(m), base(v), base(v), 0))
+        for p, m, v in zip(bucket.params, *bucket.elementwise_buffers, strict=True)
     ]
     triton_kernels.step_kernel[(len(shapes),)](
-        torch.tensor(entries),
+        tensor_table(entries),
         torch.tensor([(i, chunk) for i in range(len(shapes))], dtype=torch.int32),
         torch.tensor([(base(grad), 0) for grad in bucket.grads]),
         torch.tensor(bucket.scalars, dtype=compute_dtype(dtypes.param)),
         **triton_kernels.constants(key, None, aligned=True),
     )
-    for name in ("params", "exp_avgs", "exp_avg_sqs"):
-        for found, expected in zip(
-            getattr(ours.bucket, name), getattr(theirs.bucket, name), strict=True
-        ):
+    for name in ("param", "exp_avg", "exp_avg_sq"):
+        found_stream, expected_stream = (streams_of(m.bucket)[name] for m in (ours, theirs))
+        for found, expected in zip(found_stream, expected_stream, strict=True):
             assert same_bits(found, expected), name
     ours.check_edges()
 
@@ -331,7 +336,7 @@ def check_tables(plan: str, dtypes: DtypePair) -> None:
         set_step(expected, shapes, number, variants, special=False)
         for name in STREAMS:
             for copy, tensor in zip(
-                getattr(expected.bucket, name), getattr(made.bucket, name), strict=True
+                streams_of(expected.bucket)[name], streams_of(made.bucket)[name], strict=True
             ):
                 copy.resize_as_(tensor).copy_(tensor)
         BACKENDS[plan]().step(made.bucket)
@@ -354,7 +359,7 @@ def check_streams(plan: str, dtypes: DtypePair) -> None:
     """Check that a step on another stream takes tables of its own, and stays right."""
     from adamal_kernels.backends.triton_launcher import Launcher
 
-    shapes = (Shape(40), Shape(9, misaligned="params"))
+    shapes = (Shape(40), Shape(9, misaligned="param"))
     ours, theirs = (
         make_tensors(BucketKey(CPU, dtypes, SecondMoment.MONOTONE), shapes) for _ in range(2)
     )

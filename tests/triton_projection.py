@@ -18,7 +18,8 @@ from triton_device_scalars import planned_by
 from triton_interpreter import CPU
 
 from adamal_kernels import Adam, AdamAL, L1Ball, L2Ball, Simplex
-from adamal_kernels.bucket import BucketKey, SecondMoment
+from adamal_kernels.bucket import BucketKey
+from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.coupled import coupled_rows
 from adamal_kernels.dtypes import DtypePair
 from adamal_kernels.gradient_norm import LANES, row_sums
@@ -212,7 +213,7 @@ def check_long(plan: str, dtypes: DtypePair, evaluations: int) -> None:
 def check_more_chunks_than_lanes() -> None:
     """Check the two sums of a row of more chunks than lanes: as launches and as a program do it."""
     from adamal_kernels.backends import triton_long_rows, triton_rows
-    from adamal_kernels.backends.triton_plan import TensorEntry, set_table
+    from adamal_kernels.backends.triton_plan import TensorEntry, set_table, tensor_table
 
     float64 = DtypePair(torch.float64, torch.float64)
     key = BucketKey(CPU, float64, SecondMoment.MONOTONE, coupled=True)
@@ -225,11 +226,11 @@ def check_more_chunks_than_lanes() -> None:
     multiplier, eps = torch.tensor([0.125], dtype=torch.float64), 0.5
     v += 1.0
 
-    entry = TensorEntry(y.data_ptr(), 0, v.data_ptr(), 0, length, multiplier.data_ptr())
+    entry = TensorEntry(y.data_ptr(), length, (0, v.data_ptr(), 0, multiplier.data_ptr()))
     options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": eps, "weight_decay": 0.0}
     flags = {"decoupled_weight_decay": False, "maximize": False, "bias_correction": False}
     stepped = (
-        torch.tensor([entry]),
+        tensor_table([entry]),
         set_table([rows]),
         torch.tensor([[16, 0]]),
         torch.tensor([derive_step_scalars(1, StepOptions(**options, **flags))]).double(),

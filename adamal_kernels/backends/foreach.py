@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..bucket import Bucket, BucketKey, SecondMoment
+from ..bucket import Bucket, BucketKey
+from ..buffers import SecondMoment
 from ..coupled import project_bucket
 from ..dtypes import DTYPE_PAIRS, compute_dtype
 from ..gradient_norm import squared_norm
@@ -73,11 +74,10 @@ class ForeachBackend:
         skip: Tensor | None,
     ) -> None:
         """Step, unless that is skipped, and record what it came to, if that is asked for."""
-        denominators = bucket.max_exp_avg_sqs or bucket.exp_avg_sqs
-        before = [tensor.clone() for tensor in denominators] if bucket.records else []
+        before = [tensor.clone() for tensor in bucket.divisors] if bucket.records else []
         self._step_unless(skip, bucket, rows, known)
         if bucket.records:
-            record_steps(bucket.records, before, denominators, rows, skip)
+            record_steps(bucket.records, before, bucket.divisors, rows, skip)
 
     def _step_unless(
         self,
@@ -89,12 +89,7 @@ class ForeachBackend:
         if skip is None:
             self._step(bucket, rows, known)
             return
-        changed = [
-            *bucket.params,
-            *bucket.exp_avgs,
-            *bucket.exp_avg_sqs,
-            *bucket.max_exp_avg_sqs,
-        ]
+        changed = [*bucket.params, *(t for held in bucket.elementwise_buffers for t in held)]
         before = [tensor.clone() for tensor in changed]
         self._step(bucket, rows, known)
         for tensor, old in zip(changed, before, strict=True):
@@ -123,9 +118,10 @@ class ForeachBackend:
             torch._foreach_add_([grads[i] for i in decayed], terms)
         params = list(torch._foreach_mul(params, [row.decay_factor for row in rows]))
 
-        steps = torch._foreach_sub(grads, bucket.exp_avgs)
+        exp_avgs = bucket.buffers["exp_avg"]
+        steps = torch._foreach_sub(grads, exp_avgs)
         torch._foreach_mul_(steps, [row.one_minus_beta1 for row in rows])
-        torch._foreach_add_(bucket.exp_avgs, steps)
+        torch._foreach_add_(exp_avgs, steps)
 
         denominators = self._second_moments(bucket, grads, rows)
         denominators = [rounded_sqrt(v) for v in denominators]
@@ -137,8 +133,8 @@ class ForeachBackend:
         torch._foreach_div_(denominators, divisors)
         torch._foreach_add_(denominators, [row.eps for row in rows])
 
-        quotients = list(torch._foreach_div(bucket.exp_avgs, denominators))
-        for i, (m, d) in enumerate(zip(bucket.exp_avgs, denominators, strict=True)):
+        quotients = list(torch._foreach_div(exp_avgs, denominators))
+        for i, (m, d) in enumerate(zip(exp_avgs, denominators, strict=True)):
             # Gradient and moments all zero with eps=0: the parameter stays.
             quotients[i] = torch.where((m == 0) & (d == 0), 0.0, quotients[i])
         torch._foreach_mul_(quotients, [row.step_size for row in rows])
@@ -163,27 +159,30 @@ class ForeachBackend:
         bucket: Bucket, grads: Sequence[Tensor], rows: Sequence[StepScalars]
     ) -> Sequence[Tensor]:
         """Update the second moments in place; return those the denominator is made of."""
+        exp_avg_sqs, max_exp_avg_sqs = (
+            bucket.buffers[key] for key in ("exp_avg_sq", "max_exp_avg_sq")
+        )
         squares = torch._foreach_mul(grads, grads)
         one_minus_beta2 = [row.one_minus_beta2 for row in rows]
         if bucket.key.second_moment is SecondMoment.MONOTONE:
-            grown = torch._foreach_sub(squares, bucket.exp_avg_sqs)
+            grown = torch._foreach_sub(squares, exp_avg_sqs)
             torch._foreach_mul_(grown, one_minus_beta2)
-            torch._foreach_add_(grown, bucket.exp_avg_sqs)
+            torch._foreach_add_(grown, exp_avg_sqs)
             moved = [
                 torch.where(g2 > v, new, v)
-                for g2, v, new in zip(squares, bucket.exp_avg_sqs, grown, strict=True)
+                for g2, v, new in zip(squares, exp_avg_sqs, grown, strict=True)
             ]
         else:
-            moved = list(torch._foreach_mul(bucket.exp_avg_sqs, [row.beta2 for row in rows]))
+            moved = list(torch._foreach_mul(exp_avg_sqs, [row.beta2 for row in rows]))
             torch._foreach_add_(moved, torch._foreach_mul(squares, one_minus_beta2))
-        torch._foreach_copy_(bucket.exp_avg_sqs, moved)
+        torch._foreach_copy_(exp_avg_sqs, moved)
         if bucket.key.second_moment is not SecondMoment.AMSGRAD:
             return moved
         maxima = [
             torch.where(v > largest, v, largest)
-            for v, largest in zip(moved, bucket.max_exp_avg_sqs, strict=True)
+            for v, largest in zip(moved, max_exp_avg_sqs, strict=True)
         ]
-        torch._foreach_copy_(bucket.max_exp_avg_sqs, maxima)
+        torch._foreach_copy_(max_exp_avg_sqs, maxima)
         return maxima
 
 

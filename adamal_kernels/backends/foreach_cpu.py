@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bucket import Bucket, SecondMoment
+from ..bucket import Bucket
+from ..buffers import SecondMoment
 from ..dtypes import compute_dtype
 from ..hyperparameters import StepScalars
 
@@ -64,9 +65,7 @@ def _pieces(bucket: Bucket, size: int) -> Iterator[tuple[int, list[list[Tensor]]
 
     Every part is flat, in memory order.
     """
-    columns = [bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs]
-    if bucket.max_exp_avg_sqs:
-        columns.append(bucket.max_exp_avg_sqs)
+    columns = [bucket.params, bucket.grads, *bucket.elementwise_buffers]
     packs: dict[int, list[list[Tensor]]] = {}
     packed: dict[int, int] = {}
     for row, *tensors in zip(bucket.rows, *columns, strict=True):

@@ -48,10 +48,7 @@ class PlannedBackend:
         sets = map(bound_rows, bucket.sets) if self.has_native_plans else bucket.sets
         plan.bind(
             bucket.params,
-            bucket.exp_avgs,
-            bucket.exp_avg_sqs,
-            bucket.max_exp_avg_sqs,
-            bucket.multipliers,
+            list(bucket.buffers.values()),
             list(sets),
             bucket.records,
         )

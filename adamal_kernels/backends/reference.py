@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..bucket import Bucket, BucketKey, SecondMoment
+from ..bucket import Bucket, BucketKey
+from ..buffers import SecondMoment
 from ..coupled import project_bucket
 from ..dtypes import DTYPE_PAIRS, compute_dtype
 from ..gradient_norm import squared_norm
@@ -49,14 +50,13 @@ class ReferenceBackend:
             table = torch.tensor(bucket.scalars, dtype=dtype, device="cpu").to(bucket.key.device)
             table_rows = [StepScalars(*row.unbind()) for row in table.unbind()]
             rows, skip = [table_rows[row] for row in bucket.rows], None
-        denominators = bucket.max_exp_avg_sqs or bucket.exp_avg_sqs
-        before = [tensor.detach().clone() for tensor in denominators] if bucket.records else []
-        maxima = bucket.max_exp_avg_sqs or [None] * len(bucket.params)
+        before = [tensor.detach().clone() for tensor in bucket.divisors] if bucket.records else []
+        maxima = bucket.buffers["max_exp_avg_sq"] or [None] * len(bucket.params)
         for param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, row in zip(
             bucket.params,
             bucket.grads,
-            bucket.exp_avgs,
-            bucket.exp_avg_sqs,
+            bucket.buffers["exp_avg"],
+            bucket.buffers["exp_avg_sq"],
             maxima,
             rows,
             strict=True,
@@ -72,7 +72,7 @@ class ReferenceBackend:
                 if target is not None and value is not None:
                     target.copy_(value if skip is None else torch.where(skip, target, value))
         if bucket.records:
-            record_steps(bucket.records, before, denominators, rows, skip)
+            record_steps(bucket.records, before, bucket.divisors, rows, skip)
         if bucket.key.coupled:
             project_bucket(bucket, rows, skip)
 

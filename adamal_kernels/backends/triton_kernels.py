@@ -15,10 +15,11 @@ from triton.language.extra import libdevice
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
-from ..bucket import BucketKey, SecondMoment
+from ..bucket import BucketKey
+from ..buffers import SecondMoment
 from ..dtypes import compute_dtype
 from ..hyperparameters import StepScalars
-from .triton_plan import TensorEntry
+from .triton_plan import TENSOR_WORDS
 
 __all__ = [
     "BLOCK",
@@ -58,7 +59,11 @@ DTYPES = {  # Triton's names of torch's types
 
 _MONOTONE = tl.constexpr(SecondMoment.MONOTONE.value)
 _AMSGRAD = tl.constexpr(SecondMoment.AMSGRAD.value)
-_TENSOR_WORDS = tl.constexpr(len(TensorEntry._fields))
+_TENSOR_WORDS = tl.constexpr(len(TENSOR_WORDS))
+_NUMEL = tl.constexpr(TENSOR_WORDS["numel"])
+_EXP_AVG = tl.constexpr(TENSOR_WORDS["exp_avg"])
+_EXP_AVG_SQ = tl.constexpr(TENSOR_WORDS["exp_avg_sq"])
+_MAX_EXP_AVG_SQ = tl.constexpr(TENSOR_WORDS["max_exp_avg_sq"])
 _SCALARS = tl.constexpr(len(StepScalars._fields))
 _BLOCK = tl.constexpr(BLOCK)
 _ROWS_HEADER = tl.constexpr(ROWS_HEADER)
@@ -273,7 +278,7 @@ def step_kernel(
 ):
     """Step every work item of a bucket.
 
-    ``tensors`` are rows of TensorEntry; ``items`` int32 pairs of a tensor and its block of
+    ``tensors`` are rows of TENSOR_WORDS; ``items`` int32 pairs of a tensor and its block of
     ``BLOCK`` elements; ``inputs`` int64 pairs, for each tensor, of its gradient's address (0: none
     in this step, and nothing changes) and its row of ``scalars``, which are StepScalars in the
     compute type, or, with ``DEVICE_SCALARS``, what :func:`.derive_kernel` left: then a tensor has
@@ -318,12 +323,12 @@ def step_item(
     start = tl.load(item + 1).to(tl.int64) * _BLOCK
     tensor = tensors + _TENSOR_WORDS * index
     param = elements(tl.load(tensor), start, PARAM, ALIGNED)
-    exp_avg = elements(tl.load(tensor + 1), start, COMPUTE, ALIGNED)
-    exp_avg_sq = elements(tl.load(tensor + 2), start, COMPUTE, ALIGNED)
-    max_exp_avg_sq = elements(tl.load(tensor + 3), start, COMPUTE, ALIGNED)
+    exp_avg = elements(tl.load(tensor + _EXP_AVG), start, COMPUTE, ALIGNED)
+    exp_avg_sq = elements(tl.load(tensor + _EXP_AVG_SQ), start, COMPUTE, ALIGNED)
+    max_exp_avg_sq = elements(tl.load(tensor + _MAX_EXP_AVG_SQ), start, COMPUTE, ALIGNED)
     grad_address = tl.load(inputs + 2 * index)
     # Without a gradient no element remains, which costs no branch: the mask below is false.
-    remaining = tl.where(grad_address == 0, 0, tl.load(tensor + 4) - start)
+    remaining = tl.where(grad_address == 0, 0, tl.load(tensor + _NUMEL) - start)
     grad = elements(grad_address, start, GRAD, ALIGNED)
     if DEVICE_SCALARS:
         remaining = tl.where(tl.load(scalars) == 0, 0, remaining)  # A step that is skipped.

@@ -21,7 +21,7 @@ from ..bucket import BucketKey
 from ..dtypes import compute_dtype
 from ..hyperparameters import StepScalars
 from . import triton_kernels, triton_norm, triton_scalars, triton_watch
-from .triton_plan import TensorEntry
+from .triton_plan import TENSOR_WORDS
 from .triton_projection import ProjectionTables, prepare_projection, projection_tables
 
 __all__ = ["Launcher", "prepare_launch", "triton_version"]
@@ -95,7 +95,7 @@ class Launcher:
         """Take over the tables of the next steps.
 
         Args:
-            entries: int64 ``[tensor, 6]``, rows of :class:`.TensorEntry`.
+            entries: int64 ``[tensor, word]``, rows of :data:`.TENSOR_WORDS`.
             aligned: int32 ``[item, 2]``, a tensor and its block, of the tensors all of whose
                 streams, gradients included, start at multiples of 16 bytes.
             others: the same of the other tensors.
@@ -234,7 +234,7 @@ class Launcher:
         entries, count = tables.entries, len(tables.entries)
         buffer = empty(size, dtype=torch.uint8)
         inputs = buffer.view(torch.int64)
-        blocks = -(-entries[:, TensorEntry._fields.index("numel")] // triton_kernels.BLOCK)
+        blocks = -(-entries[:, TENSOR_WORDS["numel"]] // triton_kernels.BLOCK)
         first_items = blocks.cumsum(0) - blocks
         item_sums = empty(sum(len(items) for _, items in tables.items))
         tensor_sums, total = empty(count), empty()

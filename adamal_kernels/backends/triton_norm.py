@@ -13,7 +13,7 @@ from ..bucket import BucketKey
 from ..dtypes import compute_dtype
 from ..gradient_norm import LANES, chunk_elements
 from .triton_kernels import BLOCK, DTYPES, elements
-from .triton_plan import TensorEntry
+from .triton_plan import TENSOR_WORDS
 
 __all__ = [
     "chunk_levels",
@@ -27,7 +27,8 @@ _BLOCK = tl.constexpr(BLOCK)
 _BLOCK_LEVELS = tl.constexpr(BLOCK.bit_length() - 1)
 _LANES = tl.constexpr(LANES)
 _LANE_LEVELS = tl.constexpr(LANES.bit_length() - 1)
-_TENSOR_WORDS = tl.constexpr(len(TensorEntry._fields))
+_TENSOR_WORDS = tl.constexpr(len(TENSOR_WORDS))
+_NUMEL = tl.constexpr(TENSOR_WORDS["numel"])
 _ROWS_IN_FLIGHT = tl.constexpr(4)
 _TENSORS_IN_FLIGHT = tl.constexpr(32)
 
@@ -89,7 +90,7 @@ def item_sums_kernel(
     block = tl.load(item + 1).to(tl.int64)
     start = block * _BLOCK
     address = tl.load(inputs + 2 * index)
-    remaining = tl.where(address == 0, 0, tl.load(tensors + _TENSOR_WORDS * index + 4) - start)
+    remaining = tl.where(address == 0, 0, tl.load(tensors + _TENSOR_WORDS * index + _NUMEL) - start)
     grad = elements(address, start, GRAD, ALIGNED)
     if remaining >= _BLOCK:
         g = tl.load(grad)
@@ -105,7 +106,7 @@ def tensor_sums_kernel(tensors, first_items, item_sums, tensor_sums, CHUNK_LEVEL
     """Add up the items' sums of each tensor: by chunks, lanes, and the tree of the lanes."""
     WIDTH: tl.constexpr = _LANES << CHUNK_LEVELS
     index = tl.program_id(0)
-    items = tl.cdiv(tl.load(tensors + _TENSOR_WORDS * index + 4), _BLOCK)
+    items = tl.cdiv(tl.load(tensors + _TENSOR_WORDS * index + _NUMEL), _BLOCK)
     sums = item_sums + tl.load(first_items + index)
     lanes = tl.zeros([_LANES], tl.float64)
     first = items * 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..bucket import BucketKey
+from ..buffers import BUFFERS
 from ..coupled import MOST_RUNS, CoupledRows
 from ..dtypes import compute_dtype
 from ..hyperparameters import StepOptions, StepScalars
@@ -20,26 +21,30 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SET_WORDS",
+    "TENSOR_WORDS",
     "OptionEntry",
     "PythonPlan",
     "ScalarSource",
     "SetEntry",
     "TensorEntry",
     "set_table",
+    "tensor_table",
 ]
 
 _ALIGNMENT = 16
 
 
 class TensorEntry(NamedTuple):
-    """A row of the kernel's ``tensors`` table: what rarely moves, as int64 words."""
+    """A row of the kernels' ``tensors`` table: what rarely moves, as :data:`TENSOR_WORDS`."""
 
     param: int
-    exp_avg: int
-    exp_avg_sq: int
-    max_exp_avg_sq: int
     numel: int
-    multipliers: int = 0
+    buffers: tuple[int, ...]
+    """Addresses, in the order of :data:`.buffers.BUFFERS`; 0: there is none."""
+
+
+TENSOR_WORDS = {name: i for i, name in enumerate(("param", "numel", *(b.key for b in BUFFERS)))}
+"""Where each of them stands in a row, in int64 words."""
 
 
 class SetEntry(NamedTuple):
@@ -119,22 +124,16 @@ class PythonPlan:
     def bind(
         self,
         params: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        max_exp_avg_sqs: Sequence[Tensor],
-        multipliers: Sequence[Tensor],
+        buffers: Sequence[Sequence[Tensor]],
         sets: Sequence[CoupledRows],
         records: Sequence[Tensor],
     ) -> None:
         """Take over the tensors of the next steps, and their sets where the bucket is coupled."""
         none = [0] * len(params)
-        maxima = [t.data_ptr() for t in max_exp_avg_sqs] or none
-        of_rows = [t.data_ptr() for t in multipliers] or none
+        addresses = ([t.data_ptr() for t in held] or none for held in buffers)
         self._entries = [
-            TensorEntry(p.data_ptr(), m.data_ptr(), v.data_ptr(), v_max, p.numel(), multiplier)
-            for p, m, v, v_max, multiplier in zip(
-                params, exp_avgs, exp_avg_sqs, maxima, of_rows, strict=True
-            )
+            TensorEntry(param.data_ptr(), param.numel(), tuple(of_param))
+            for param, *of_param in zip(params, *addresses, strict=True)
         ]
         self._sets = list(sets)
         self._records = list(records)
@@ -195,7 +194,7 @@ class PythonPlan:
         # Not 0, which is no gradient: an empty tensor's steps are counted.
         addresses = [grad.data_ptr() or _ALIGNMENT for grad in grads]
         aligned = [
-            (e.param | e.exp_avg | e.exp_avg_sq | e.max_exp_avg_sq | grad) % _ALIGNMENT == 0
+            all(address % _ALIGNMENT == 0 for address in (e.param, grad, *_elementwise(e)))
             for e, grad in zip(entries, addresses, strict=True)
         ]
         addresses_of_records = [records.data_ptr() for records in self._records]
@@ -203,7 +202,7 @@ class PythonPlan:
         if self._bound != bound:
             self._bound = None  # for as long as that may fail
             self._launcher.bind(
-                self._host(torch.tensor(entries, dtype=torch.int64, device="cpu")),
+                self._host(tensor_table(entries)),
                 *(self._host(self._items(entries, aligned, wanted)) for wanted in (True, False)),
                 self._host(set_table(self._sets)),
                 self._records,
@@ -232,6 +231,19 @@ class PythonPlan:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def tensor_table(entries: Sequence[TensorEntry]) -> Tensor:
+    """Return int64 ``[tensor, word]``: a row of :data:`TENSOR_WORDS` for each entry."""
+    rows = [(param, numel, *buffers) for param, numel, buffers in entries]
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, len(TENSOR_WORDS))
+
+
+def _elementwise(entry: TensorEntry) -> Iterator[int]:
+    """Yield the addresses of the buffers that are read by vectors."""
+    for buffer, address in zip(BUFFERS, entry.buffers, strict=True):
+        if buffer.shape == "parameter":
+            yield address
 
 
 def set_table(sets: Sequence[CoupledRows]) -> Tensor:

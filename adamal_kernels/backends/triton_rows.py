@@ -19,13 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..bucket import BucketKey, SecondMoment
+from ..bucket import BucketKey
+from ..buffers import SecondMoment
 from ..coupled import MOST_RUNS
 from ..dtypes import compute_dtype
 from ..gradient_norm import chunk_elements
 from ..hyperparameters import StepScalars
 from .triton_kernels import DTYPES, ROWS_HEADER, divide, sqrt
-from .triton_plan import SET_WORDS, SetEntry, TensorEntry
+from .triton_plan import SET_WORDS, TENSOR_WORDS, SetEntry
 from .triton_sets import (
     FOUND,
     LEAST_METRIC,
@@ -53,7 +54,10 @@ __all__ = [
 ]
 
 _AMSGRAD = tl.constexpr(SecondMoment.AMSGRAD.value)
-_TENSOR_WORDS = tl.constexpr(len(TensorEntry._fields))
+_TENSOR_WORDS = tl.constexpr(len(TENSOR_WORDS))
+_EXP_AVG_SQ = tl.constexpr(TENSOR_WORDS["exp_avg_sq"])
+_MAX_EXP_AVG_SQ = tl.constexpr(TENSOR_WORDS["max_exp_avg_sq"])
+_MULTIPLIER = tl.constexpr(TENSOR_WORDS["multiplier"])
 _SET_WORDS = tl.constexpr(SET_WORDS)
 _KEPT = tl.constexpr(len(SetEntry._fields))
 _REDUCED = tl.constexpr(len(SetEntry._fields) + 2 * MOST_RUNS)
@@ -134,9 +138,9 @@ def open_rows(
     projects = projects & (tl.load(step + 3) != 0)
     tensor = tensors + _TENSOR_WORDS * index
     param = tl.load(tensor).to(tl.pointer_type(PARAM))
-    squares = tl.load(tensor + (3 if SECOND_MOMENT == _AMSGRAD else 2))
+    squares = tl.load(tensor + (_MAX_EXP_AVG_SQ if SECOND_MOMENT == _AMSGRAD else _EXP_AVG_SQ))
     squares = squares.to(tl.pointer_type(COMPUTE))
-    multipliers = tl.load(tensor + 5).to(tl.pointer_type(tl.float64)) + rows
+    multipliers = tl.load(tensor + _MULTIPLIER).to(tl.pointer_type(tl.float64)) + rows
     entry = sets + _SET_WORDS * index
     bias2_sqrt = tl.load(step + 4)
     eps = tl.load(step + 5)

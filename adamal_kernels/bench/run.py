@@ -13,7 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ..bucket import SecondMoment
+from ..buffers import SecondMoment
 from ..cases import cases
 from ..dtypes import DtypePair, compute_dtype
 from ..verify import different_values, outside_tolerance, run_case, run_oracle

@@ -137,7 +137,7 @@ struct OwnedBucket {
       data[i] = streams.back()->data();
     }
     tensors.push_back(
-        {data[kParam], data[kExpAvg], data[kExpAvgSq], data[kMaxExpAvgSq], numel, nullptr});
+        {data[kParam], numel, {data[kExpAvg], data[kExpAvgSq], data[kMaxExpAvgSq], nullptr}});
     grads.push_back(data[kGrad]);
   }
 

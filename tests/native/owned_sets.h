@@ -33,7 +33,7 @@ struct OwnedSets {
       sets.push_back(rows);
       multipliers.push_back(
           std::make_unique<Stream>(input, rows.rows * sizeof(double), 0, /*read_only=*/false));
-      tensor.multipliers = static_cast<double*>(multipliers.back()->data());
+      tensor.buffers[Buffer::multiplier] = multipliers.back()->data();
     }
     bucket.view.sets = sets.data();
   }
@@ -77,15 +77,14 @@ void project_row_serially(const CoupledRows& rows, int64_t row, const TensorEntr
   using T = ComputeType<Param>;
   const SetKind kind = rows.set.kind;
   auto* const param = static_cast<Param*>(tensor.param);
-  const auto* const v = static_cast<const T*>(
-      tensor.max_exp_avg_sq == nullptr ? tensor.exp_avg_sq : tensor.max_exp_avg_sq);
+  const auto* const v = static_cast<const T*>(tensor.divisor());
   std::vector<double> y(rows.length), d(rows.length), first(rows.length), second(rows.length);
   for (int64_t j = 0; j < rows.length; ++j) {
     y[j] = decode(param[rows.offset_of(row, j)]);
     d[j] = metric_of(v[rows.offset_of(row, j)], scalars);
     first[j] = size_term(kind, y[j]);
   }
-  double& multiplier = tensor.multipliers[row];
+  double& multiplier = tensor.multipliers()[row];
   RowSearch search = begin_search(rows.set, row_sum<T>(first), multiplier);
   while (search.state == SearchState::searching) {
     for (int64_t j = 0; j < rows.length; ++j) {
