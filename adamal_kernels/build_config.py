@@ -68,14 +68,15 @@ SOURCES = {
 BACKENDS = {"cpu": ("_C",), "cuda": ("_C", "_cuda"), "none": ()}
 
 # The operations of an element are rounded one by one, as on every backend: no fused multiply-add,
-# no approximate division or root. errno and traps change no value, and hinder vectorisation.
+# no approximate division or root, whatever CFLAGS say before. errno and traps change no value, and
+# hinder vectorisation.
 CXX_FLAGS = (
-    "-std=c++20 -O3 -g0 -DNDEBUG -fPIC -fwrapv -ffp-contract=off -fno-math-errno "
+    "-std=c++20 -O3 -g0 -DNDEBUG -fPIC -fwrapv -fno-fast-math -ffp-contract=off -fno-math-errno "
     "-fno-trapping-math -fvisibility=hidden"
 )
 NVCC_FLAGS = (
     "-std=c++17 -O3 -fmad=false -prec-div=true -prec-sqrt=true -ftz=false --threads=0 "
-    "-Xcompiler=-fPIC,-ffp-contract=off,-fvisibility=hidden"
+    "-Xcompiler=-fPIC,-fno-fast-math,-ffp-contract=off,-fvisibility=hidden"
 )
 # On an AMD EPYC core, g++ 12 and nvcc 13.0; of _cuda for each architecture.
 CPU_MINUTES = {"_C": 4, "_cuda": 2}

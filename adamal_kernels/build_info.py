@@ -6,6 +6,7 @@ cannot be written, in :func:`cache_folder`.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -218,6 +219,10 @@ def _installed_copy(name: str) -> Path | None:
 
 def why_unfit(record: ExtensionRecord) -> str | None:
     """Return why what was built is not for this process, or None."""
+    sources = build_config.source_folder(PACKAGE)
+    # Those of an installed copy do not change.
+    if _is_source_tree() and record.sources not in (None, _sources_digest(sources)):
+        return f"was built of other sources than those in {sources}"
     for what, built_for, here in (
         ("Python", record.python, platform.python_version()),
         ("torch", record.torch, torch.__version__),
@@ -227,6 +232,15 @@ def why_unfit(record: ExtensionRecord) -> str | None:
     return None
 
 
+@functools.cache
+def _sources_digest(sources: Path) -> str:
+    return build_config.sources_digest(sources)
+
+
 def _series(version: str) -> list[str]:
-    """Return the part of a version within which extensions stay compatible: major and minor."""
-    return version.split(".")[:2]
+    """Return the part of a version within which extensions stay compatible.
+
+    Major and minor of a release; a development version is compatible with itself alone.
+    """
+    release = version.split("+")[0]
+    return [release] if "dev" in release else release.split(".")[:2]

@@ -190,9 +190,7 @@ class Plan:
         if is_captured:
             self._keep_for_graph([state[entry.owner]["step"] for entry in entries])
         elif repeats and len(stepped) == 1 and stepped[0] is not None:
-            self._steady_state = self._bind(param_groups, options, state, rounds[0])
-            if self._records is None and LastStep.is_repeatable(entries):
-                self._last_step = LastStep(param_groups, options, entries, state, *stepped[0])
+            self._steady_state = self._bind(param_groups, options, state, rounds[0], stepped[0])
 
     def _step_unchanged(
         self,
@@ -379,12 +377,18 @@ class Plan:
         options: Sequence[GroupOptions],
         state: MutableMapping[Tensor, dict[str, Any]],
         entries: Sequence[Entry],
+        buckets: tuple[list[tuple[Backend, Bucket]], list[Bucket]],
     ) -> Any | None:
         """Bind what was just stepped, and parameters with state that had no gradient.
+
+        What ``foreach`` stepped is kept in Python instead.
 
         The step has been taken, and is right, whether or not it can be repeated.
         """
         try:
+            if self._records is None and LastStep.is_repeatable(entries):
+                self._last_step = LastStep(param_groups, options, entries, state, *buckets)
+                return None
             bindings = self._bindings(param_groups, options, state, entries)
             if not bindings:
                 return None
@@ -401,8 +405,8 @@ class Plan:
             return None
         except Exception as error:
             warnings.warn(
-                f"adamal_kernels: the step was taken, but cannot be repeated by C++, which would "
-                f"be faster: {error!r}",
+                "adamal_kernels: the step was taken, but cannot be repeated without its checks, "
+                f"which would be faster: {error!r}",
                 RuntimeWarning,
                 stacklevel=2,
             )

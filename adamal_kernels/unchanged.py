@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from .backends import Backend
 from .bucket import Bucket
+from .buffers import BUFFERS
 from .entries import Entry
 from .hyperparameters import StepOptions, derive_step_scalars
 from .options import GroupOptions
@@ -29,6 +30,8 @@ __all__ = ["Found", "LastStep"]
 
 # All but what the scalars of a step are derived from.
 _selects_code = attrgetter(*(n for n in GroupOptions._fields if n not in StepOptions._fields))
+# What a step without row sets writes of a state, which may hold anything else besides.
+_KEYS = ("step", *(buffer.key for buffer in BUFFERS if buffer.shape == "parameter"))
 _LAYOUT = (
     attrgetter("dtype"),
     attrgetter("shape"),
@@ -65,8 +68,8 @@ class LastStep:
         self._kinds = list(map(_selects_code, options))
         self._params, grads, self._group_of = _with_gradients(groups)
         self._states = [state[param] for param in self._params]
-        self._keys, self._held = _items(self._states)
-        self._written = [*self._params, *self._held]
+        self._held = _items(self._states)
+        self._written = [*self._params, *(held for held in self._held if held is not None)]
         self._written_layout = _layout(self._written)
         self._grads_layout = _layout(grads)
         self._addresses = list(map(Tensor.data_ptr, self._written))
@@ -116,8 +119,7 @@ class LastStep:
             return None
         if not _are_same(list(map(state.get, params)), self._states):
             return None
-        keys, held = _items(self._states)
-        if keys != self._keys or not _are_same(held, self._held):
+        if not _are_same(_items(self._states), self._held):
             return None
         written_layout = _layout(self._written)
         if written_layout is None or written_layout != self._written_layout:
@@ -190,11 +192,9 @@ def _with_gradients(
     return params, grads, group_of
 
 
-def _items(states: Sequence[dict[str, Any]]) -> tuple[list[str], list[Any]]:
-    return (
-        [key for held in states for key in held],
-        [value for held in states for value in held.values()],
-    )
+def _items(states: Sequence[dict[str, Any]]) -> list[Any]:
+    """Return what the step writes of states, which may hold more; None where it is gone."""
+    return [held.get(key) for held in states for key in _KEYS]
 
 
 def _are_same(first: Sequence[Any], second: Sequence[Any]) -> bool:

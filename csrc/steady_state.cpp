@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
+#include <limits>
 #include <utility>
 
 namespace py = pybind11;
@@ -171,8 +173,49 @@ bool SteadyState::bind(const py::handle& state,
   for (size_t i = 0; i < plans_.size(); ++i) {
     plans_[i].plan->bind(entries[i], plans_[i].sets, records.at(i));
   }
+  list_written();
   for (PlanStep& step : plans_) step.plan->prepare();
   return true;
+}
+
+void SteadyState::list_written() {
+  const auto add = [this](const void* first, size_t bytes) {
+    const auto* const begin = static_cast<const char*>(first);
+    if (begin != nullptr && bytes != 0) written_.push_back({begin, begin + bytes});
+  };
+  for (const PlanStep& step : plans_) {
+    const std::vector<TensorEntry>& entries = step.plan->tensors();
+    for (size_t slot = 0; slot < entries.size(); ++slot) {
+      const TensorEntry& entry = entries[slot];
+      add(entry.param, entry.numel * step.param_types[0].bytes);
+      for (int which = 0; which < Buffer::count; ++which) {
+        const bool is_of_rows = kBuffers[which].shape == BufferShape::rows;
+        add(entry.buffers[which], is_of_rows
+                                      ? (step.has_sets ? step.sets[slot].rows * sizeof(double) : 0)
+                                      : entry.numel * step.moment_types[0].bytes);
+      }
+    }
+    add(step.steps.const_data_ptr(), step.steps.nbytes());
+    for (const at::Tensor& own : step.own_counts) {
+      if (own.defined()) add(own.const_data_ptr(), own.nbytes());
+    }
+  }
+  std::sort(written_.begin(), written_.end(),
+            [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  // Found while nothing was known to be written.
+  for (Footprint& footprint : footprints_) footprint.gap = {};
+}
+
+SteadyState::Span SteadyState::gap_about(const char* address) const {
+  const auto above =
+      std::upper_bound(written_.begin(), written_.end(), address,
+                       [](const char* value, const Span& span) { return value < span.begin; });
+  const char* const begin = above == written_.begin() ? nullptr : std::prev(above)->end;
+  if (begin > address) return {};
+  constexpr auto kLast = std::numeric_limits<uintptr_t>::max();
+  const char* const end =
+      above == written_.end() ? reinterpret_cast<const char*>(kLast) : above->begin;
+  return {begin, end};
 }
 
 void SteadyState::find_own_count(size_t index) {

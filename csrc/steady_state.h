@@ -107,6 +107,11 @@ class SteadyState {
     const void* parts[Which::held] = {};
     const void* param_impl = nullptr;
   };
+  // Bytes [begin, end).
+  struct Span {
+    const char* begin = nullptr;
+    const char* end = nullptr;
+  };
   // Where the last step found what the next one will read: thousands of small objects all over
   // memory, which are prefetched some members ahead. Followed in that same step only, whose
   // tensors are held by what it has read, and the state's objects while their dict, which holds
@@ -123,6 +128,7 @@ class SteadyState {
     };
     const void* grad = nullptr;
     const void* version_counter = nullptr;
+    Span gap;  // memory that no step writes, about where the last gradient lay
     Place param;
     DictVersion version;  // of the dict that holds the state's tensors
     PyObject* objects[Which::of_state] = {};
@@ -182,7 +188,11 @@ class SteadyState {
   // Whether a tensor has a number for each row of a member's set.
   bool has_rows(size_t index, const c10::TensorImpl& tensor) const;
   bool read_gradient(size_t index, const ParamLayout& layout, const c10::TensorImpl& gradient,
-                     const void** grad) const;
+                     const void** grad);
+  // What the plans' steps write, in order.
+  void list_written();
+  // The memory about an address that is not written; empty if it is.
+  Span gap_about(const char* address) const;
   void prefetch(size_t index, size_t first, size_t end) const;
   void prefetch_fixed(size_t index) const;
   void prefetch_gradient(size_t index) const;
@@ -217,6 +227,7 @@ class SteadyState {
   std::vector<StateEntry> state_;
   DictVersion state_version_;  // of the dict that values_ are of
   std::vector<PlanStep> plans_;
+  std::vector<Span> written_;  // apart, in order
 
   ThreadShares shares_;                       // of the members
   std::vector<StepScalars<double>> scalars_;  // of this step
@@ -225,19 +236,23 @@ class SteadyState {
 };
 
 inline bool SteadyState::read_gradient(size_t index, const ParamLayout& layout,
-                                       const c10::TensorImpl& gradient, const void** grad) const {
+                                       const c10::TensorImpl& gradient, const void** grad) {
   const Member& member = members_[index];
   const ElementType grad_type = plans_[member.plan].grad_types[member.is_complex];
   if (!layout.holds_for(gradient, grad_type)) return false;
-  // Read while it is written: the check in Python says what to do. In one storage they may well lie
-  // beside each other.
-  const Footprint::Place& param = footprints_[index].param;
-  if (storage_of(gradient) == param.storage &&
-      layout.touches(*param.tensor, gradient, grad_type.bytes)) {
-    return false;
-  }
   // One without elements may have no address, and yet counts as a gradient.
-  *grad = layout.numel() == 0 ? &kEmptyGradient : layout.address(gradient, grad_type.bytes);
+  *grad = &kEmptyGradient;
+  if (layout.numel() == 0) return true;
+  const auto* const begin = static_cast<const char*>(layout.address(gradient, grad_type.bytes));
+  const char* const end = begin + layout.numel() * grad_type.bytes;
+  // Gradients are made anew and anew in the same parts of memory.
+  Span& gap = footprints_[index].gap;
+  if (begin < gap.begin || end > gap.end) {
+    gap = gap_about(begin);
+    // Read while it is written: the check in Python says what to do.
+    if (end > gap.end) return false;
+  }
+  *grad = begin;
   return true;
 }
 

@@ -11,7 +11,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <utility>
 #include <vector>
 
 namespace adamal {
@@ -41,18 +40,6 @@ class ParamLayout {
         device_(param.device()) {}
 
   int64_t numel() const { return numel_; }
-
-  // Whether a dense gradient of this layout and its parameter, of one storage, share memory.
-  bool touches(const c10::TensorImpl& param, const c10::TensorImpl& gradient,
-               size_t gradient_bytes) const {
-    const auto bytes_of = [this](const c10::TensorImpl& tensor, size_t element_bytes) {
-      const int64_t first = tensor.storage_offset() * static_cast<int64_t>(element_bytes);
-      return std::pair(first, first + numel_ * static_cast<int64_t>(element_bytes));
-    };
-    const auto [param_begin, param_end] = bytes_of(param, param.itemsize());
-    const auto [begin, end] = bytes_of(gradient, gradient_bytes);
-    return param_begin < end && begin < param_end;
-  }
 
   // Whether the storage of a dense tensor of this layout has not been freed or shrunk.
   bool has_memory(const c10::TensorImpl& tensor, size_t element_bytes) const {

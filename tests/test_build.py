@@ -336,3 +336,46 @@ def test_two_at_once_in_a_source_tree(tmp_path: Path) -> None:
     file = checkout.tree / "adamal_kernels" / build_info.extension_file("_C")
     assert done.stdout.split() == ["None", str(file)]
     assert list((checkout.tree / "adamal_kernels").glob(".build-*")) == []
+
+
+def test_what_was_built_of_other_sources_is_not_loaded(package: Package) -> None:
+    """As after a pull, where the package is used from the source tree."""
+    package.build()
+    (package.folder / "csrc").rename(package.folder.parent / "csrc")
+    assert build_info.why_not_importable("_C") is None
+    forget()
+    (package.folder.parent / "csrc" / "plan.h").write_text("// pulled")
+    build_info._sources_digest.cache_clear()
+    reason = build_info.why_not_importable("_C")
+    assert "was built of other sources than those in" in reason
+    assert "run: python -m adamal_kernels build" in reason
+    with pytest.raises(ImportError, match="other sources"):
+        build_info.load_extension("_C")
+
+
+@pytest.mark.parametrize(
+    ("built_for", "here", "fits"),
+    [
+        ("2.13.0", "2.13.1+cpu", True),
+        ("2.13.0+cu130", "2.13.0+cpu", True),
+        ("2.12.1", "2.13.0", False),
+        ("2.14.0.dev20260101+cu130", "2.14.0", False),
+        ("2.14.0.dev20260101", "2.14.0.dev20260102", False),
+        ("2.14.0.dev20260101+cu130", "2.14.0.dev20260101+cpu", True),
+    ],
+)
+def test_torch_versions_that_an_extension_fits(
+    built_for: str, here: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", here)
+    record = build_info.ExtensionRecord("_C", built=True, torch=built_for)
+    assert (build_info.why_unfit(record) is None) is fits
+
+
+def test_no_flag_of_the_user_changes_the_arithmetic() -> None:
+    command = ["c++", "-Ofast", *build_config.CXX_FLAGS.split(), "-dM", "-E", "-x", "c++"]
+    macros = subprocess.run(
+        [*command, os.devnull], capture_output=True, text=True, check=True
+    ).stdout
+    assert "__FAST_MATH__" not in macros
+    assert "#define __FINITE_MATH_ONLY__ 0" in macros

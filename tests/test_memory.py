@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -101,6 +102,56 @@ def test_a_gradient_that_lies_in_a_parameter_is_refused(place: Place, steps: int
     p.grad = buffer[:32]
     with pytest.raises(ValueError, match="share memory"):
         optimizer.step()
+
+
+def in_another(params: list[torch.Tensor], optimizer: AdamAL) -> torch.Tensor:
+    return params[0].detach()
+
+
+def in_a_second_moment(params: list[torch.Tensor], optimizer: AdamAL) -> torch.Tensor:
+    return optimizer.state[params[0]]["exp_avg_sq"]
+
+
+def in_its_own_moment(params: list[torch.Tensor], optimizer: AdamAL) -> torch.Tensor:
+    return optimizer.state[params[1]]["exp_avg"]
+
+
+def across_the_end(params: list[torch.Tensor], optimizer: AdamAL) -> torch.Tensor:
+    """Return what begins in the room before a parameter."""
+    return params[0]._base.detach()[:64]
+
+
+def by_another_storage(params: list[torch.Tensor], optimizer: AdamAL) -> torch.Tensor:
+    if params[1].device.type != "cpu":
+        return torch.from_dlpack(params[1].detach())
+    return torch.from_numpy(params[1].detach().numpy())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize(
+    "alias",
+    [in_another, in_a_second_moment, in_its_own_moment, across_the_end, by_another_storage],
+)
+def test_a_gradient_in_any_memory_that_is_written_is_refused(
+    place: Place, alias: Callable[..., torch.Tensor], steps: int
+) -> None:
+    rooms = [torch.ones(72, device=place.device) for _ in range(2)]
+    params = [room[8:].requires_grad_() for room in rooms]
+    optimizer = AdamAL(params, lr=0.1, backend=place.backend)
+    grads = [torch.ones(64, device=place.device) for _ in params]
+    for _ in range(steps):
+        params[0].grad, params[1].grad = grads
+        optimizer.step()
+    before = copy.deepcopy([(p, optimizer.state[p]) for p in params])
+    params[1].grad = alias(params, optimizer)
+    with pytest.raises(ValueError, match="share memory"):
+        optimizer.step()
+    assert all(same_bits(p, old) for p, (old, _) in zip(params, before, strict=True))
+    for p, (_, held) in zip(params, before, strict=True):
+        assert all(same_bits(optimizer.state[p][key], held[key]) for key in held)
+    params[1].grad = grads[1]
+    optimizer.step()
+    assert optimizer.state[params[1]]["step"] == steps + 1
 
 
 def test_one_gradient_may_serve_many_parameters(place: Place) -> None:

@@ -323,6 +323,36 @@ EDITS: dict[str, Edit] = {
 }
 
 
+EXTRAS: dict[str, Any] = {
+    "a number": 7,
+    "a word": "x",
+    "None": None,
+    "sparse": torch.ones(3).to_sparse(),
+    "meta": torch.ones(3, device="meta"),
+}
+
+
+@pytest.mark.parametrize("is_loaded", [False, True], ids=["put there", "loaded"])
+@pytest.mark.parametrize("kind", EXTRAS)
+def test_what_else_a_state_holds_is_left_alone(place: Place, kind: str, is_loaded: bool) -> None:
+    results = []
+    for extra in ({}, {"note": EXTRAS[kind]}):
+        param = nn.Parameter(torch.ones(3, device=place.device))
+        optimizer = AdamAL([param], lr=0.1, backend=place.backend)
+        for step in range(4):
+            if step == 2:
+                optimizer.state[param].update(extra)
+                if is_loaded:
+                    optimizer.load_state_dict(optimizer.state_dict())
+            param.grad = torch.full_like(param, step + 1)
+            optimizer.step()
+        held = dict(optimizer.state[param])
+        if extra:
+            held.pop("note")
+        results.append([{"param": param.detach(), **held}])
+    assert different_values(*results) == []
+
+
 @pytest.mark.parametrize("edit", EDITS)
 def test_nothing_is_stale(place: Place, edit: str) -> None:
     """What a user does between steps counts in the next one, as with the reference."""

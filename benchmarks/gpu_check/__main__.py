@@ -108,7 +108,7 @@ def plan(chosen: Sequence[Section], budget: float) -> str:
         lines += [
             f"\n{section.name:12} {section.expected:4.0f} {limit:>8}  {section.title}"
             + (f"; needs {', '.join(section.needs)}" if section.needs else ""),
-            f"    {shlex.join(section.command)}",
+            f"    {shlex.join(section.command_for(section.expected))}",
         ]
     return "\n".join(lines)
 

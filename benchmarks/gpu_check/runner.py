@@ -71,6 +71,11 @@ class Section:
     needs: tuple[str, ...] = ()
     is_rest: bool = False
 
+    def command_for(self, seconds: float) -> list[str]:
+        """Return the command, which ends by itself after as many seconds."""
+        own = str(max(1, int(seconds)))
+        return [argument.replace("{seconds}", own) for argument in self.command]
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -183,8 +188,7 @@ class Runner:
     def _run(self, section: Section, seconds: float) -> Outcome:
         print(f"\n== {section.name}: {section.title} ==", flush=True)
         own = seconds - _LAST_CASE_SECONDS if section.is_rest else section.expected
-        own = max(1, int(own))
-        command = [argument.replace("{seconds}", str(own)) for argument in section.command]
+        command = section.command_for(own)
         append(self._results, section.name, record="begin", command=command)
         results_begin = self._results.stat().st_size
         begin = time.monotonic()
