@@ -212,7 +212,7 @@ def _merge_value(param: Tensor, name: str, value: Any, where: str) -> Any:
         value,
         param,
         what,
-        "load a checkpoint of this model, with its parameters in this order",
+        "the checkpoint is of another model, or its parameters are in another order",
     )
     if buffer.shape == "rows" or (param.is_meta and is_frozen(param)):
         return value.clone()  # Moved with the parameter, once that is stepped.

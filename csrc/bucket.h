@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "adamal_math.h"
 #include "buffers.h"
@@ -30,9 +32,8 @@ struct TensorEntry {
 };
 
 inline bool operator==(const TensorEntry& a, const TensorEntry& b) {
-  bool equal = a.param == b.param && a.numel == b.numel;
-  for (int i = 0; i < Buffer::count; ++i) equal &= a.buffers[i] == b.buffers[i];
-  return equal;
+  static_assert(std::has_unique_object_representations_v<TensorEntry>);
+  return std::memcmp(&a, &b, sizeof(a)) == 0;
 }
 
 // Elements [chunk * n, (chunk + 1) * n) of a tensor, where n is the backend's chunk size.

@@ -1,6 +1,8 @@
 // The state tensors of a parameter: one table, a row a tensor.
 #pragma once
 
+#include <utility>
+
 #include "adamal_math.h"
 
 namespace adamal {
@@ -36,5 +38,17 @@ struct Buffer {
 #define ADAMAL_ROW(key, shape, needs) {#key, BufferShape::shape, BufferNeeds::needs},
 inline constexpr Buffer kBuffers[Buffer::count] = {ADAMAL_BUFFERS(ADAMAL_ROW)};
 #undef ADAMAL_ROW
+
+// Calls body(std::integral_constant<int, index>) for each buffer until one call returns false, and
+// returns whether none did. A loop would cost the host some tens of instructions a tensor.
+template <typename Body, int... kIndices>
+bool for_buffers(const Body& body, std::integer_sequence<int, kIndices...>) {
+  return (body(std::integral_constant<int, kIndices>{}) && ...);
+}
+
+template <typename Body>
+bool for_buffers(const Body& body) {
+  return for_buffers(body, std::make_integer_sequence<int, Buffer::count>{});
+}
 
 }  // namespace adamal

@@ -154,7 +154,7 @@ bool SteadyState::read_member(size_t index, TensorEntry* entry, const void** gra
   if (footprint.grad != slot) footprint.grad = slot;
   const void* const counter = counter_of(param.version_counter());
   if (footprint.version_counter != counter) footprint.version_counter = counter;
-  footprint.param.note({&param, storage_of(param)});
+  if (!footprint.param.note({&param, storage_of(param)}) && !written_.empty()) return false;
 
   PyObject* const values = values_[index];
   if (!PyDict_CheckExact(values)) return false;
@@ -164,20 +164,19 @@ bool SteadyState::read_member(size_t index, TensorEntry* entry, const void** gra
   *entry = {
       layout.mutable_address(param, param_type.bytes), layout.numel() << member.is_complex, {}};
   const ElementType moment_type = step.moment_types[member.is_complex];
-  for (int which = 0; which < Buffer::count; ++which) {
-    if ((step.state_keys >> which & 1) == 0) continue;
+  const auto read_elements = [&](int which) {
     const c10::TensorImpl* const tensor = state_tensor(index, which);
-    if (tensor == nullptr) return false;
-    if (kBuffers[which].shape == BufferShape::rows) {
-      if (!has_rows(index, *tensor)) return false;
-      if (tensor->numel() == 0) continue;
-      entry->buffers[which] =
-          static_cast<double*>(storage_of(*tensor)->mutable_data()) + tensor->storage_offset();
-    } else {
-      if (!layout.holds_for(*tensor, moment_type)) return false;
-      entry->buffers[which] = layout.mutable_address(*tensor, moment_type.bytes);
-    }
-  }
+    if (tensor == nullptr || !layout.holds_for(*tensor, moment_type)) return false;
+    entry->buffers[which] = layout.mutable_address(*tensor, moment_type.bytes);
+    return true;
+  };
+  const auto read_buffer = [&](auto which) {
+    constexpr Buffer kBuffer = kBuffers[which];
+    if (kBuffer.needs != BufferNeeds::nothing && (step.state_keys >> which & 1) == 0) return true;
+    if constexpr (kBuffer.shape == BufferShape::rows) return read_rows(index, which, entry);
+    return read_elements(which);
+  };
+  if (!for_buffers(read_buffer)) return false;
 
   *grad = nullptr;
   if (const at::Tensor* gradient = gradient_of(owner)) {
@@ -216,8 +215,9 @@ c10::TensorImpl* SteadyState::state_tensor(size_t index, int which) {
   if (!THPVariable_CheckExact(object)) return nullptr;
   c10::TensorImpl* const tensor = THPVariable_Unpack(object).unsafeGetTensorImpl();
   // All counts are of one storage, which stays in the caches.
-  footprint.state[which].note({tensor, which == Which::step ? nullptr : storage_of(*tensor)});
-  return tensor;
+  const c10::StorageImpl* const storage = which == Which::step ? nullptr : storage_of(*tensor);
+  const bool is_same = footprint.state[which].note({tensor, storage});
+  return is_same || written_.empty() ? tensor : nullptr;
 }
 
 bool SteadyState::is_count(const Member& member, const c10::TensorImpl& tensor) {
@@ -245,16 +245,25 @@ bool SteadyState::is_own_count(const Member& member, const c10::TensorImpl& tens
   return true;
 }
 
-bool SteadyState::has_rows(size_t index, const c10::TensorImpl& tensor) const {
+bool SteadyState::read_rows(size_t index, int which, TensorEntry* entry) {
+  const c10::TensorImpl* const found = state_tensor(index, which);
+  if (found == nullptr) return false;
+  const c10::TensorImpl& tensor = *found;
   const Member& member = members_[index];
   const PlanStep& step = plans_[member.plan];
   const int64_t rows = step.sets[member.slot].rows;
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(double));
+  if (tensor.key_set() != member.key_set || tensor.dtype() != caffe2::TypeMeta::Make<double>() ||
+      tensor.device() != step.plan->device() || tensor.numel() != rows ||
+      !tensor.is_non_overlapping_and_dense()) {
+    return false;
+  }
+  if (rows == 0) return true;
   const auto bytes = static_cast<int64_t>(tensor.unsafe_storage().nbytes());
-  return tensor.key_set() == member.key_set && tensor.dtype() == caffe2::TypeMeta::Make<double>() &&
-         tensor.device() == step.plan->device() && tensor.numel() == rows &&
-         tensor.is_non_overlapping_and_dense() &&
-         (rows == 0 ||
-          bytes >= (tensor.storage_offset() + rows) * static_cast<int64_t>(sizeof(double)));
+  if (bytes < (tensor.storage_offset() + rows) * kBytes) return false;
+  auto* const storage = static_cast<double*>(storage_of(tensor)->mutable_data());
+  entry->buffers[which] = storage + tensor.storage_offset();
+  return true;
 }
 
 }  // namespace adamal

@@ -83,6 +83,7 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
     set_types(step.param_types, param);
     set_types(step.grad_types, scalar_type(plans[i]->dtypes().grad));
     set_types(step.moment_types, param == at::kDouble ? at::kDouble : at::kFloat);
+    step.deleter = c10::GetAllocator(plans[i]->device().type())->raw_deleter();
     step.plan = std::move(plans[i]);
     step.steps = steps.at(i);
     step.steps_storage = step.steps.storage().unsafeGetStorageImpl();
@@ -202,8 +203,26 @@ void SteadyState::list_written() {
   }
   std::sort(written_.begin(), written_.end(),
             [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  // Found while nothing was known to be written.
-  for (Footprint& footprint : footprints_) footprint.gap = {};
+  std::vector<const void*> storages;
+  are_owned_ = true;
+  for (size_t i = 0; i < members_.size(); ++i) {
+    const auto add_storage = [&](const c10::StorageImpl* storage) {
+      if (storage == nullptr) return;
+      storages.push_back(storage);
+      are_owned_ &= is_allocated(*storage, plans_[members_[i].plan].deleter);
+    };
+    Footprint& footprint = footprints_[i];
+    add_storage(footprint.param.storage);
+    for (const Footprint::Place& place : footprint.state) add_storage(place.storage);
+    footprint.gap = {};  // found while nothing was known to be written
+  }
+  for (const PlanStep& step : plans_) {
+    storages.push_back(step.steps_storage);
+    for (const at::Tensor& own : step.own_counts) {
+      if (own.defined()) storages.push_back(own.storage().unsafeGetStorageImpl());
+    }
+  }
+  written_storages_.assign(storages);
 }
 
 SteadyState::Span SteadyState::gap_about(const char* address) const {

@@ -121,9 +121,12 @@ class SteadyState {
       c10::TensorImpl* tensor = nullptr;
       const c10::StorageImpl* storage = nullptr;  // null: not fetched
 
-      // Written only where another is found: what stays clean need not go back to memory.
-      void note(const Place& found) {
-        if (tensor != found.tensor || storage != found.storage) *this = found;
+      // Written only where another is found: what stays clean need not go back to memory. Returns
+      // whether the storage is the one it was.
+      bool note(const Place& found) {
+        const bool is_same = storage == found.storage;
+        if (tensor != found.tensor || !is_same) *this = found;
+        return is_same;
       }
     };
     const void* grad = nullptr;
@@ -144,6 +147,7 @@ class SteadyState {
     ElementType param_types[2];  // of real parameters and of complex ones
     ElementType grad_types[2];
     ElementType moment_types[2];
+    c10::DeleterFnPtr deleter;         // of its device's allocator
     std::vector<uint32_t> options_of;  // by slot
     std::vector<const void*> grads;
     std::vector<uint32_t> rows;
@@ -185,11 +189,10 @@ class SteadyState {
   // Of a member that is being bound.
   void find_own_count(size_t index);
   void write_own_counts(bool host_steps);
-  // Whether a tensor has a number for each row of a member's set.
-  bool has_rows(size_t index, const c10::TensorImpl& tensor) const;
+  // Reads a buffer of numbers for the rows of a member's set.
+  bool read_rows(size_t index, int which, TensorEntry* entry);
   bool read_gradient(size_t index, const ParamLayout& layout, const c10::TensorImpl& gradient,
                      const void** grad);
-  // What the plans' steps write, in order.
   void list_written();
   // The memory about an address that is not written; empty if it is.
   Span gap_about(const char* address) const;
@@ -227,7 +230,11 @@ class SteadyState {
   std::vector<StateEntry> state_;
   DictVersion state_version_;  // of the dict that values_ are of
   std::vector<PlanStep> plans_;
-  std::vector<Span> written_;  // apart, in order
+  // What the steps write: spans apart, in order, and their storages. A storage that an allocator
+  // of torch made shares memory with no other; from NumPy or by DLPack it may.
+  std::vector<Span> written_;
+  AddressSet written_storages_;
+  bool are_owned_ = false;
 
   ThreadShares shares_;                       // of the members
   std::vector<StepScalars<double>> scalars_;  // of this step
@@ -244,6 +251,11 @@ inline bool SteadyState::read_gradient(size_t index, const ParamLayout& layout,
   *grad = &kEmptyGradient;
   if (layout.numel() == 0) return true;
   const auto* const begin = static_cast<const char*>(layout.address(gradient, grad_type.bytes));
+  *grad = begin;
+  const c10::StorageImpl* const storage = storage_of(gradient);
+  if (are_owned_ && is_allocated(*storage, plans_[member.plan].deleter) &&
+      !written_storages_.contains(storage))
+    return true;
   const char* const end = begin + layout.numel() * grad_type.bytes;
   // Gradients are made anew and anew in the same parts of memory.
   Span& gap = footprints_[index].gap;
@@ -252,7 +264,6 @@ inline bool SteadyState::read_gradient(size_t index, const ParamLayout& layout,
     // Read while it is written: the check in Python says what to do.
     if (end > gap.end) return false;
   }
-  *grad = begin;
   return true;
 }
 

@@ -87,12 +87,13 @@ struct Span {
       grad = static_cast<const Grad*>(first) + offset;
     }
     const auto elements = [&](Buffer::Index which) {
-      void* const first = tensor.buffers[which];
-      return first == nullptr ? nullptr : static_cast<T*>(first) + offset;
+      return static_cast<T*>(tensor.buffers[which]) + offset;
     };
     exp_avg = elements(Buffer::exp_avg);
     exp_avg_sq = elements(Buffer::exp_avg_sq);
-    max_exp_avg_sq = elements(Buffer::max_exp_avg_sq);
+    max_exp_avg_sq = tensor.buffers[Buffer::max_exp_avg_sq] == nullptr
+                         ? nullptr
+                         : elements(Buffer::max_exp_avg_sq);
     remaining = tensor.numel - offset;
     count = std::min(kCpuChunk, remaining);
   }

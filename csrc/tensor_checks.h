@@ -22,6 +22,39 @@ inline c10::StorageImpl* storage_of(const c10::TensorImpl& tensor) {
   return tensor.unsafe_storage().unsafeGetStorageImpl();
 }
 
+// Whether an allocator of torch made the storage, and no other can have its memory.
+inline bool is_allocated(const c10::StorageImpl& storage, c10::DeleterFnPtr deleter) {
+  return deleter != nullptr && storage.data_ptr().get_deleter() == deleter;
+}
+
+// Some addresses of objects, to be asked for many more.
+class AddressSet {
+ public:
+  void assign(const std::vector<const void*>& addresses) {
+    size_t slots = 8;
+    while (slots < 4 * addresses.size()) slots *= 2;
+    mask_ = slots - 1;
+    slots_.assign(slots, nullptr);
+    for (const void* address : addresses) *slot_of(address) = address;
+  }
+
+  bool contains(const void* address) const { return *slot_of(address) == address; }
+
+ private:
+  // Where an address is, or would be put.
+  const void** slot_of(const void* address) const {
+    constexpr size_t kFactor = 0x9e3779b97f4a7c15, kShift = 32;
+    size_t slot = reinterpret_cast<uintptr_t>(address) * kFactor >> kShift;
+    for (;; ++slot) {
+      const void*& found = slots_[slot & mask_];
+      if (found == nullptr || found == address) return &found;
+    }
+  }
+
+  mutable std::vector<const void*> slots_ = {nullptr};
+  size_t mask_ = 0;
+};
+
 // A tensor type, and the bytes of an element, which torch keeps in a table.
 struct ElementType {
   caffe2::TypeMeta type;
