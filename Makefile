@@ -52,7 +52,7 @@ paper: build $(VENV)/.developing  ## Test the paper's claims, records and plots 
 build: $(VENV)/.built  ## Build the extensions in place: C++, and CUDA given nvcc and a CUDA torch.
 
 cuda-build: $(VENV_CUDA)/.built  ## Build and import everything against a CUDA build of torch, the oldest; needs nvcc, no GPU.
-	@cd $(VENV_CUDA) && bin/python -c 'import adamal_kernels._C, adamal_kernels._cuda; \
+	@cd $(VENV_CUDA) && bin/python -c 'import torch, adamal_kernels._C, adamal_kernels._cuda; \
 	  from adamal_kernels.build_info import extension_record as record; \
 	  print(record("_C"), record("_cuda"), "imported both", sep="\n")'
 	cd $(VENV_CUDA) && bin/python -m adamal_kernels info

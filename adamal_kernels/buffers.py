@@ -16,6 +16,7 @@ from .dtypes import compute_dtype, real_dtype
 
 __all__ = [
     "BUFFERS",
+    "REQUIRED_KEYS",
     "Buffer",
     "SecondMoment",
     "buffers_of",
@@ -75,6 +76,10 @@ BUFFERS = (
 )
 
 
+# What every state that has been stepped holds.
+REQUIRED_KEYS = ("step", *(buffer.key for buffer in BUFFERS if buffer.needs == "nothing"))
+
+
 def buffers_of(second_moment: SecondMoment, has_row_set: bool) -> Iterator[Buffer]:
     """Yield what a parameter has."""
     return (buffer for buffer in BUFFERS if buffer.exists(second_moment, has_row_set))
@@ -98,7 +103,8 @@ def check_value(buffer: Buffer, value: Any, param: Tensor, where: str, remedy: s
     Raises:
         ValueError: it is no dense tensor of floating-point numbers (complex for a complex
             parameter) with values, or its shape is not the parameter's. Of a buffer of ``rows``
-            the shape is free: that of another set starts anew.
+            the shape is free: that of another set starts anew. Of a parameter on meta, which is
+            not stepped, the values are free.
     """
     is_complex = param.is_complex() and buffer.shape == "parameter"
     if not isinstance(value, Tensor) or not (
@@ -115,9 +121,12 @@ def check_value(buffer: Buffer, value: Any, param: Tensor, where: str, remedy: s
         raise ValueError(
             f"{where} has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}; {remedy}"
         )
+    if param.is_meta:
+        return
     if value.is_meta:
         raise ValueError(
-            f"{where} is on meta and holds no values; move it to a real device, or {remedy}"
+            f"{where} is on meta and holds no values; load it onto a real device, or start anew "
+            "without it"
         )
     if value.layout != torch.strided:
         raise ValueError(f"{where} must be dense, got layout {value.layout}; {remedy}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buffers import BUFFERS, check_value
+from .buffers import BUFFERS, REQUIRED_KEYS, check_value
 from .distributed import is_sharded, local_part, moment_like, placed_as
 from .entries import is_frozen
 from .options import IMPLEMENTATION_OPTIONS, pair_of_betas
@@ -191,7 +191,7 @@ def _merge_values(param: Tensor, values: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"load_state_dict: state of {where} must be a dict, got {values!r}")
     if not values:
         return {}
-    for name in ("step", *(buffer.key for buffer in BUFFERS if buffer.needs == "nothing")):
+    for name in REQUIRED_KEYS:
         if name not in values:
             raise ValueError(
                 f"load_state_dict: state of {where} has no {name!r} (it has "
@@ -207,13 +207,10 @@ def _merge_value(param: Tensor, name: str, value: Any, where: str) -> Any:
     if buffer is None:
         return value.clone() if isinstance(value, Tensor) else value
     what = f"load_state_dict: {name} of {where}"
-    check_value(
-        buffer,
-        value,
-        param,
-        what,
-        "the checkpoint is of another model, or its parameters are in another order",
-    )
+    remedy = "the checkpoint is of another model, or its parameters are in another order"
+    if buffer.shape == "rows":
+        remedy = "delete it from the checkpoint to start anew"
+    check_value(buffer, value, param, what, remedy)
     if buffer.shape == "rows" or (param.is_meta and is_frozen(param)):
         return value.clone()  # Moved with the parameter, once that is stepped.
     if param.is_meta:

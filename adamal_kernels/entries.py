@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .backends import Backend, pick
 from .bucket import BucketKey
-from .buffers import BUFFERS, Buffer, buffers_of, check_value, held_buffers
+from .buffers import REQUIRED_KEYS, Buffer, buffers_of, check_value, held_buffers
 from .coupled import coupled_rows
 from .distributed import (
     check_sharded_gradient,
@@ -362,7 +362,7 @@ def bounds_of(options: GroupOptions, dtype: torch.dtype) -> tuple[float, float]:
 def check_state(entry: Entry, held: Mapping[str, Any]) -> None:
     """Check state that a user or a checkpoint may have replaced."""
     where, param = entry.where, entry.owner
-    for key in ("step", *(buffer.key for buffer in BUFFERS if buffer.needs == "nothing")):
+    for key in REQUIRED_KEYS:
         if key not in held:
             raise ValueError(
                 f"state of {where} has no {key!r}; clear the parameter's state to start it anew"

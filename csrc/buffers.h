@@ -7,10 +7,8 @@
 
 namespace adamal {
 
-enum class BufferShape {
-  parameter,
-  rows
-};  // laid out as the parameter; a float64 a row of its set
+// Laid out as the parameter, or a float64 for each row of its set.
+enum class BufferShape { parameter, rows };
 enum class BufferNeeds { nothing, amsgrad, row_set };
 
 // In the order of BUFFERS in adamal_kernels/buffers.py.

@@ -254,8 +254,9 @@ inline bool SteadyState::read_gradient(size_t index, const ParamLayout& layout,
   *grad = begin;
   const c10::StorageImpl* const storage = storage_of(gradient);
   if (are_owned_ && is_allocated(*storage, plans_[member.plan].deleter) &&
-      !written_storages_.contains(storage))
+      !written_storages_.contains(storage)) {
     return true;
+  }
   const char* const end = begin + layout.numel() * grad_type.bytes;
   // Gradients are made anew and anew in the same parts of memory.
   Span& gap = footprints_[index].gap;

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from adamal_kernels import Adam, AdamAL, AdamALW, AdamW, Box, NonNegative
+from adamal_kernels import Adam, AdamAL, AdamALW, AdamW, Box, L2Ball, NonNegative
 from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.checkpoint import merge_groups
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
@@ -681,6 +681,20 @@ def test_state_of_frozen_parameters_is_loaded_whatever_they_are() -> None:
     optimizer.load_state_dict(source.state_dict())
     for held, expected in zip(optimizer.state.values(), source.state.values(), strict=True):
         assert same_bits(held["exp_avg"], expected["exp_avg"])
+    saved = source.state_dict()
+    saved["state"][0]["exp_avg"] = torch.empty(3, device="meta")
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[optimizer.param_groups[0]["params"][0]]["exp_avg"].is_meta
+
+
+def test_a_multiplier_that_is_none_is_refused() -> None:
+    params = new_params()
+    optimizer = AdamAL(params, projection=L2Ball(1.0), backend="reference")
+    train(optimizer, range(1))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["multiplier"] = "none"
+    with refused(optimizer, ValueError, "multiplier of parameter 0", "delete it from the check"):
+        optimizer.load_state_dict(saved)
 
 
 def test_a_real_moment_of_a_complex_parameter_is_refused() -> None:
