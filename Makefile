@@ -18,7 +18,7 @@ RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin
 RUN_CUDA := PATH="$(CURDIR)/$(VENV_CUDA)/bin:$$PATH" $(VENV_CUDA)/bin
 RUN_NEWEST := PATH="$(CURDIR)/$(VENV_NEWEST)/bin:$$PATH" $(VENV_NEWEST)/bin
 
-NATIVE := adamal_kernels/build_config.py $(wildcard csrc/*)
+NATIVE := adamal_kernels/build_config.py $(shell find csrc -type f)
 PACKAGE := $(shell find adamal_kernels -name '*.py')
 # What depends on Python's and torch's own objects, whose layout and interfaces change.
 CORE_TESTS := $(patsubst %,tests/test_%.py,optimizer steady_state dict_version shared_walk plan \
@@ -74,7 +74,7 @@ lint: $(VENV)/.developing  ## Check style, and correct what the formatters can.
 format: $(VENV)/.developing  ## Format the sources, and apply ruff's fixes.
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
-	$(RUN)/clang-format -i $(wildcard csrc/* tests/native/*)
+	$(RUN)/clang-format -i $(shell find csrc tests/native -type f)
 
 clean:  ## Remove what was built, and all environments.
 	rm -rf build dist $(VENV) $(VENV_CUDA) $(VENV_NEWEST) adamal_kernels/_build.json adamal_kernels/*.so

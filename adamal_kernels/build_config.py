@@ -24,7 +24,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -37,6 +37,7 @@ __all__ = [
     "jobs",
     "left_out",
     "objects_folder",
+    "source_files",
     "source_folder",
     "sources_digest",
 ]
@@ -105,7 +106,7 @@ class Extension(NamedTuple):
 
     @property
     def sources(self) -> list[str]:
-        """Names of its sources, in :func:`source_folder`."""
+        """Paths of its sources, from :func:`source_folder`."""
         return SOURCES[self.name]
 
 
@@ -119,6 +120,19 @@ def source_folder(package: Path) -> Path:
     return installed if installed.is_dir() else package.parent / "csrc"
 
 
+def source_files(folder: Path) -> Iterator[Path]:
+    """Yield the sources and headers in a folder and in those within it, in order.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from source_files(path)
+        elif path.suffix in (".h", ".cpp", ".cu"):
+            yield path
+
+
 def sources_digest(sources: Path) -> str:
     """Return the SHA-256 of everything an extension is made of, these flags included.
 
@@ -126,9 +140,9 @@ def sources_digest(sources: Path) -> str:
         OSError: a source cannot be read.
     """
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    for path in sorted(sources.iterdir()):
-        if path.suffix in (".h", ".cpp", ".cu"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in source_files(sources):
+        name = path.relative_to(sources).as_posix()
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
@@ -450,7 +464,8 @@ class _Edge(NamedTuple):
 def _edges(extension: Extension, sources: Path, made: Path) -> Iterable[_Edge]:
     """Yield what compiles an extension's sources, and what links it into ``made``."""
     rule = f"{extension.name}_compile"
-    command = f"{_escaped(extension.compile)} -c $in -o $out -MMD -MF $out.d"
+    compile_ = [*extension.compile, f"-I{sources}"]  # Includes are written from there.
+    command = f"{_escaped(compile_)} -c $in -o $out -MMD -MF $out.d"
     text = f"rule {rule}\n  command = {command}\n  depfile = $out.d\n  deps = gcc\n"
     objects = [f"{source}.o" for source in extension.sources]
     for source, target in zip(extension.sources, objects, strict=True):

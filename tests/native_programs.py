@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -65,7 +65,7 @@ class Program:
     """In ``tests/native``."""
     commands: tuple[Command, ...]
     kernels: tuple[str, ...] = ()
-    """Sources in ``csrc`` that it is linked with."""
+    """Sources that it is linked with, by their paths from ``csrc``."""
 
 
 PROGRAMS = {
@@ -99,7 +99,10 @@ def built(program: Program, csrc: Path, *, sanitize: bool, build_dir: Path) -> P
     sources = [NATIVE / f"{program.source}.cpp"]
     sources += [csrc / f"{name}.cpp" for name in program.kernels]
     digest = hashlib.sha256(repr((compiler, flags)).encode())
-    for path in (*sources, *sorted(NATIVE.glob("*.h")), *sorted(csrc.glob("*.h"))):
+    for folder in (NATIVE, csrc):
+        for path in sorted(folder.rglob("*.h")):
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    for path in sources:
         digest.update(path.read_bytes())
     executable = build_dir / f"{program.source}-{digest.hexdigest()[:16]}"
     with locked(executable):
@@ -108,9 +111,9 @@ def built(program: Program, csrc: Path, *, sanitize: bool, build_dir: Path) -> P
     return executable
 
 
-def _compile(command: list[str], sources: Iterable[Path], executable: Path) -> None:
+def _compile(command: list[str], sources: Sequence[Path], executable: Path) -> None:
     with tempfile.TemporaryDirectory(dir=executable.parent) as folder:
-        objects = [f"{folder}/{source.stem}.o" for source in sources]
+        objects = [f"{folder}/{number}.o" for number in range(len(sources))]
         compilers = [
             subprocess.Popen(
                 [*command, "-c", str(source), "-o", target],

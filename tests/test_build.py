@@ -22,7 +22,10 @@ from test_install import MODULE, NVCC, Checkout
 from adamal_kernels import __main__, build, build_config, build_info
 
 OTHER_TORCH = "1.2.3"
-SOURCES = {"_C": ["bindings.cpp", "plan.cpp"], "_cuda": ["bindings_cuda.cpp", "step_cuda.cu"]}
+SOURCES = {
+    "_C": ["bindings.cpp", "plan/plan.cpp"],
+    "_cuda": ["cuda/bindings.cpp", "cuda/step.cu"],
+}
 
 
 LOADS = build._loads
@@ -34,13 +37,14 @@ class Package:
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder = folder
         self.capsys = capsys
-        (folder / "csrc").mkdir(parents=True)
         for name in SOURCES:
             self.write(SOURCES[name][0], MODULE.format(name=name))
             self.write(SOURCES[name][1], "")
 
     def write(self, name: str, text: str) -> None:
-        (self.folder / "csrc" / name).write_text(text)
+        path = self.folder / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
     def build(self, *arguments: str, status: int = 0) -> str:
         """Run the command; return what it says."""
@@ -110,7 +114,7 @@ def test_into_the_package_and_only_once(package: Package) -> None:
     assert "--force" in package.build()
     assert "3 of 3, " in package.build("--force")
     forget()
-    package.write("plan.h", "// changed")
+    package.write("plan/plan.h", "// changed")
     assert "3 of 3, " in package.build()
 
 
@@ -132,7 +136,7 @@ def test_into_the_cache_of_this_torch_and_these_sources(
         assert "was not built" in build_info.why_not_importable("_C")
     assert build_info.why_not_importable("_C") is None
     forget()
-    package.write("step.h", "// another formula")
+    package.write("formula/element.h", "// another formula")
     assert "was not built" in build_info.why_not_importable("_C")
 
 
@@ -170,7 +174,7 @@ def test_what_does_not_load_replaces_nothing(
     monkeypatch.setattr(build, "_loads", LOADS)
     package.build()
     before = package.record()
-    package.write("plan.cpp", "int absent(); int used = absent();")
+    package.write("plan/plan.cpp", "int absent(); int used = absent();")
     said = package.build(status=1)
     assert "undefined symbol" in said
     assert "_C was not built: it does not load" in said
@@ -273,10 +277,11 @@ def test_pip_removes_what_was_built(package: Package, monkeypatch: pytest.Monkey
 
 def test_only_what_changed_is_compiled_again(tmp_path: Path) -> None:
     sources = tmp_path / "csrc"
-    sources.mkdir()
-    (sources / "one.h").write_text("")
-    (sources / "one.cpp").write_text('#include "one.h"\n')
-    (sources / "two.cpp").write_text("")
+    for folder in ("one", "two"):
+        (sources / folder).mkdir(parents=True)
+    (sources / "one" / "same.h").write_text("")
+    (sources / "one" / "same.cpp").write_text('#include "one/same.h"\n')
+    (sources / "two" / "same.cpp").write_text("")
 
     def compiled(flag: str) -> set[str]:
         said: list[str] = []
@@ -294,15 +299,15 @@ def test_only_what_changed_is_compiled_again(tmp_path: Path) -> None:
         return {line.rpartition(": ")[2] for line in said} - {"x"}
 
     with pytest.MonkeyPatch.context() as context:
-        context.setitem(build_config.SOURCES, "x", ["one.cpp", "two.cpp"])
-        assert compiled("-O0") == {"one.cpp", "two.cpp"}
+        context.setitem(build_config.SOURCES, "x", ["one/same.cpp", "two/same.cpp"])
+        assert compiled("-O0") == {"one/same.cpp", "two/same.cpp"}
         assert compiled("-O0") == set()
-        (sources / "one.h").write_text("// changed")
-        assert compiled("-O0") == {"one.cpp"}
-        assert compiled("-O1") == {"one.cpp", "two.cpp"}
-        (sources / "one.h").unlink()
-        (sources / "one.cpp").write_text("")
-        assert compiled("-O1") == {"one.cpp"}
+        (sources / "one" / "same.h").write_text("// changed")
+        assert compiled("-O0") == {"one/same.cpp"}
+        assert compiled("-O1") == {"one/same.cpp", "two/same.cpp"}
+        (sources / "one" / "same.h").unlink()
+        (sources / "one" / "same.cpp").write_text("")
+        assert compiled("-O1") == {"one/same.cpp"}
 
 
 def test_two_at_once_in_a_source_tree(tmp_path: Path) -> None:
@@ -344,7 +349,7 @@ def test_what_was_built_of_other_sources_is_not_loaded(package: Package) -> None
     (package.folder / "csrc").rename(package.folder.parent / "csrc")
     assert build_info.why_not_importable("_C") is None
     forget()
-    (package.folder.parent / "csrc" / "plan.h").write_text("// pulled")
+    (package.folder.parent / "csrc" / "plan" / "plan.h").write_text("// pulled")
     build_info._sources_digest.cache_clear()
     reason = build_info.why_not_importable("_C")
     assert "was built of other sources than those in" in reason

@@ -141,10 +141,10 @@ def parse_sass(text: str) -> Iterator[Kernel]:
 
 
 def compile_cuda(source: str, arch: str, folder: Path) -> tuple[str, str, str]:
-    """Return the PTX, ptxas's report and the machine code of one of csrc's CUDA sources."""
+    """Return the PTX, ptxas's report and the machine code of a CUDA source: a path in csrc."""
     assert NVCC, "CI is set and nvcc is not on PATH: install the CUDA toolkit"
-    cubin = folder / f"{source}.cubin"
-    command = [NVCC, *NVCC_FLAGS, f"-arch={arch}", "-cubin", "-keep", "-Xptxas=-v"]
+    cubin = folder / "made.cubin"
+    command = [NVCC, *NVCC_FLAGS, f"-I{CSRC}", f"-arch={arch}", "-cubin", "-keep", "-Xptxas=-v"]
     done = subprocess.run(
         [*command, f"-keep-dir={folder}", CSRC / f"{source}.cu", "-o", cubin],
         capture_output=True,

@@ -15,6 +15,7 @@ from native_programs import CSRC
 from test_native_walk import check, encoded, make_tensor
 
 from adamal_kernels.buffers import SecondMoment
+from adamal_kernels.build_config import source_files
 from adamal_kernels.dtypes import DTYPE_PAIRS, compute_dtype
 from adamal_kernels.gradient_norm import squared_norm
 from adamal_kernels.hyperparameters import StepOptions, derive_step_scalars, gradient_factor
@@ -44,7 +45,7 @@ def test_what_the_kernels_ask_of_the_cuda_runtime() -> None:
     copy has yet to read.
     """
     asked: set[str] = set()
-    for source in (*CSRC.glob("*.cu"), *CSRC.glob("*.cpp"), *CSRC.glob("*.h")):
+    for source in source_files(CSRC):
         asked.update(re.findall(r"\b(cu(?:da)?[A-Z]\w*)\(", source.read_text()))
     assert asked == {
         "cudaDriverGetVersion",

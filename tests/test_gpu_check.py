@@ -429,7 +429,7 @@ def test_files_without_places_are_not_collected() -> None:
     takes_a_place = re.compile(
         r"def test_\w+\([^)]*\b(?:place|device)\b: (?:Place|torch\.device)[,)]"
     )
-    for path in (ROOT / "tests").glob("test_*.py"):
+    for path in (ROOT / "tests").rglob("test_*.py"):
         assert path.name in names or not takes_a_place.search(path.read_text()), path
 
 
@@ -454,7 +454,7 @@ def test_no_file_vanishes_without_hypothesis_and_expecttest(tmp_path: Path) -> N
     assert "hypothesis is not installed" in done.stdout
     assert "expecttest" in done.stdout
     assert re.search(r"[1-9]\d* passed", done.stdout)
-    for path in (ROOT / "tests").glob("*.py"):
+    for path in (ROOT / "tests").rglob("*.py"):
         imports = re.search(r"^(?:from|import) (?:hypothesis|expecttest)", path.read_text(), re.M)
         assert imports is None, path
 

@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from adamal_kernels import __version__, build_info
+from adamal_kernels.build_config import source_files
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,9 +91,10 @@ class Checkout:
         shutil.copytree(ROOT / "adamal_kernels", self.tree / "adamal_kernels", ignore=ignored)
         for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, self.tree)
-        (self.tree / "csrc").mkdir()
-        for path in (ROOT / "csrc").iterdir():
-            (self.tree / "csrc" / path.name).write_text("")
+        for path in source_files(ROOT / "csrc"):
+            copy = self.tree / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text("")
         self.write_sources()
 
     def write_sources(self, c_source: str = MODULE.format(name="_C")) -> None:
@@ -385,7 +387,8 @@ def test_in_the_source_tree_an_installed_copy_is_pointed_at(
 
 def test_the_wheel_has_the_sources_and_what_an_index_shows(checkout: Checkout) -> None:
     wheel = checkout.build(NO_TORCH)
-    sources = {f"adamal_kernels/csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    paths = {path.relative_to(ROOT).as_posix() for path in source_files(ROOT / "csrc")}
+    sources = {f"adamal_kernels/{path}" for path in paths}
     assert {file for file in wheel.files if "csrc" in file} == sources
     metadata = wheel.metadata
     assert metadata["Author"]

@@ -116,12 +116,15 @@ class Run:
 
 
 def test_files(folder: Path) -> list[Path]:
-    """Return the files of which a test may need a GPU: importing the others takes its time."""
+    """Return the files within ``folder`` of which a test may need a GPU.
+
+    Importing the others takes its time.
+    """
     places = re.compile(
         r"^from support import|\bmark\.gpu\b|^def test_\w+\([^)]*\bdevice: torch\.device\b",
         re.MULTILINE,
     )
-    return [path for path in sorted(folder.glob("test_*.py")) if places.search(path.read_text())]
+    return [path for path in sorted(folder.rglob("test_*.py")) if places.search(path.read_text())]
 
 
 def _content(file: Path) -> str:
