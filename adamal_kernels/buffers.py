@@ -26,7 +26,7 @@ __all__ = [
 
 
 class SecondMoment(IntEnum):
-    """How the second moment moves; the value is the code in ``csrc/adamal_math.h``."""
+    """How the second moment moves; the value is the code in ``csrc/formula/element.h``."""
 
     MONOTONE = 0
     """AdamAL: ``v + (1 - beta2) * (g2 - v)`` where ``g2 > v``, else ``v``."""

@@ -2,7 +2,7 @@
 
 The step stores the parameter as ever; what it stored is then projected in the metric ``diag(d)``.
 All is float64, in the order written here, and sums are added in that of
-:mod:`adamal_kernels.gradient_norm`; the twin is ``csrc/coupled_sets.h``.
+:mod:`adamal_kernels.gradient_norm`; the twin is ``csrc/formula/sets.h``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
     "project_rows",
 ]
 
-# Twins of the constants in csrc/coupled_sets.h, which says what they are for.
+# Twins of the constants in csrc/formula/sets.h, which says what they are for.
 _SEARCH_TOLERANCES = (2.0**-40, 2.0**-50, 2.0**-50)
 _MOST_EVALUATIONS = 100
 _LEAST_METRIC = 1e-100
@@ -47,7 +47,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class CoupledRows(NamedTuple):
-    """A tensor's set, and how its rows lie in memory, as ``csrc/coupled_rows.h`` has it."""
+    """A tensor's set, and how its rows lie in memory, as ``csrc/formula/rows.h`` has it."""
 
     kind: int
     size: float

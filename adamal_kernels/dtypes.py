@@ -23,7 +23,8 @@ _COMPUTE = {
     torch.float16: torch.float32,
 }
 
-# The index of a pair is its code in csrc/dtypes.h (ADAMAL_DTYPE_PAIRS lists the same pairs).
+# The index of a pair is its code in csrc/formula/dtypes.h (ADAMAL_DTYPE_PAIRS lists the same
+# pairs).
 DTYPE_PAIRS: tuple[DtypePair, ...] = (
     DtypePair(torch.float32, torch.float32),
     DtypePair(torch.float64, torch.float64),

@@ -19,7 +19,7 @@ from .hyperparameters import move_scalar
 __all__ = ["LANES", "chunk_elements", "ordered_sum", "row_sums", "squared_norm"]
 
 LANES = 256
-"""Twin of ``kNormLanes`` in ``csrc/gradient_norm.h``."""
+"""Twin of ``kNormLanes`` in ``csrc/formula/norm.h``."""
 
 
 def chunk_elements(compute_dtype: torch.dtype) -> int:

@@ -34,7 +34,7 @@ Number = TypeVar("Number", float, Tensor)
 
 COUNT_BITS = 40
 """Of a count that only the device knows: more than the largest that a steady step takes
-(``kMostSteps`` in ``csrc/steady_members.cpp``)."""
+(``kMostSteps`` in ``csrc/fast_path/members.cpp``)."""
 # torch.nn.utils.clip_grad_norm_ adds it to the norm.
 _CLIP_EPS = 1e-6
 
@@ -43,7 +43,7 @@ class StepScalars(NamedTuple):
     """What the element formula needs besides tensors; a row of a bucket's scalar table.
 
     Every field is a float64, rounded once to the compute type by whoever uses it. The order of
-    the fields is the layout of ``adamal::StepScalars`` in ``csrc/adamal_math.h``.
+    the fields is the layout of ``adamal::StepScalars`` in ``csrc/formula/element.h``.
     """
 
     one_minus_beta1: float | Tensor

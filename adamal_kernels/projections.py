@@ -199,7 +199,7 @@ class CoupledSet(Projection):
     dim: int | tuple[int, ...] | None
 
     kind: ClassVar[int]
-    """The code in ``csrc/coupled_sets.h``."""
+    """The code in ``csrc/formula/sets.h``."""
 
     @property
     def size(self) -> float:

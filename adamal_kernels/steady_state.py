@@ -1,4 +1,4 @@
-"""Binding an optimizer for the steps that follow a checked one (``csrc/steady_state.h``)."""
+"""Binding an optimizer for the steps that follow a checked one (``csrc/fast_path/fast_path.h``)."""
 
 from __future__ import annotations
 

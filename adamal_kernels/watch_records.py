@@ -139,7 +139,7 @@ def record_steps(
     rows: Sequence[StepScalars],
     skip: Tensor | None,
 ) -> None:
-    """Record what steps by eager operators came to: the formulas of ``csrc/watch.h``.
+    """Record what steps by eager operators came to: the formulas of ``csrc/formula/watch.h``.
 
     Args:
         records: of each tensor one or, where it has no elements, none.

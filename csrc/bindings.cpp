@@ -7,10 +7,10 @@
 #include <tuple>
 #include <utility>
 
-#include "plan.h"
-#include "plan_triton.h"
-#include "steady_state.h"
-#include "tensor_checks.h"
+#include "fast_path/fast_path.h"
+#include "fast_path/tensor_fields.h"
+#include "plan/plan.h"
+#include "plan/triton_plan.h"
 
 namespace py = pybind11;
 

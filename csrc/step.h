@@ -4,8 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "bucket.h"
-#include "dtypes.h"
+#include "formula/bucket.h"
+#include "formula/dtypes.h"
 
 namespace adamal {
 
@@ -64,7 +64,7 @@ int64_t device_rows_bytes(const Bucket& bucket);
 const char* watched_step_cuda(const Bucket& bucket, const DeviceTables& tables, void* rows,
                               void* stream);
 // Steps, watching or not, and projects a bucket whose sets couple elements. `sets` are its tables
-// of set_tables.h on the device, with room for its scalars.
+// of cuda/set_tables.h on the device, with room for its scalars.
 struct SetTables;
 const char* step_and_project_cuda(const Bucket& bucket, const DeviceTables& tables,
                                   const SetTables& sets, void* stream);

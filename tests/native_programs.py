@@ -72,19 +72,19 @@ PROGRAMS = {
     command: program
     for program in (
         Program("values", (Command.INFO, Command.DECODE, Command.ENCODE, Command.SCALARS)),
-        Program("steps_cpu", (Command.STEP_CPU,), ("step_cpu",)),
+        Program("steps_cpu", (Command.STEP_CPU,), ("cpu/step",)),
         Program("steps_cuda", (Command.STEP_CUDA,)),
         Program("steps_on_device", (Command.STEP_ON_DEVICE,)),
-        Program("norms", (Command.NORM_CPU, Command.NORM_CUDA), ("norm_cpu",)),
+        Program("norms", (Command.NORM_CPU, Command.NORM_CUDA), ("cpu/norm",)),
         Program(
             "watched_steps",
             (Command.WATCHED_CPU, Command.WATCHED_CUDA, Command.WATCHED_ON_DEVICE),
-            ("step_cpu",),
+            ("cpu/step",),
         ),
         Program(
             "projections_cpu",
             (Command.PROJECT_SERIALLY, Command.PROJECT_CPU),
-            ("projection_cpu", "step_cpu"),
+            ("cpu/projection", "cpu/step"),
         ),
         Program("projections_cuda", (Command.PROJECT_CUDA,)),
     )

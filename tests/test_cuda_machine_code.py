@@ -164,7 +164,7 @@ def build(request: pytest.FixtureRequest, session_folder: Path) -> Build:
     made = folder / "made.json"
     with locked(made):
         if not made.exists():
-            made.write_text(json.dumps(compile_cuda("step_cuda", request.param, folder)))
+            made.write_text(json.dumps(compile_cuda("cuda/step", request.param, folder)))
     ptx, report, sass = json.loads(made.read_text())
     return Build(ptx, report, list(parse_sass(sass)))
 
@@ -280,9 +280,9 @@ def test_registers_leave_room_for_several_blocks(build: Build) -> None:
 @pytest.mark.parametrize(
     ("source", "operations"),
     [
-        ("scalars_cuda", {"mul.rn.f64", "div.rn.f64", "sqrt.rn.f64"}),
-        ("norm_cuda", {"mul.rn.f64", "add.rn.f64"}),
-        ("projection_cuda", {"sqrt.rn.f32", "div.rn.f32", "sqrt.rn.f64", "div.rn.f64"}),
+        ("cuda/scalars", {"mul.rn.f64", "div.rn.f64", "sqrt.rn.f64"}),
+        ("cuda/norm", {"mul.rn.f64", "add.rn.f64"}),
+        ("cuda/projection", {"sqrt.rn.f32", "div.rn.f32", "sqrt.rn.f64", "div.rn.f64"}),
     ],
 )
 def test_the_other_kernels(source: str, operations: set[str], arch: str, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ class Checkout:
 
     def write_sources(self, c_source: str = MODULE.format(name="_C")) -> None:
         (self.tree / "csrc" / "bindings.cpp").write_text(c_source)
-        (self.tree / "csrc" / "bindings_cuda.cpp").write_text(MODULE.format(name="_cuda"))
+        (self.tree / "csrc" / "cuda" / "bindings.cpp").write_text(MODULE.format(name="_cuda"))
 
     def install_nvcc(self) -> None:
         self.nvcc.parent.mkdir(parents=True)

@@ -32,7 +32,8 @@ from adamal_kernels.hyperparameters import StepOptions, StepScalars, derive_step
 
 Array = npt.NDArray[Any]
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # by code in csrc/dtypes.h
+# By code in csrc/formula/dtypes.h.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 PAIRS = range(len(DTYPE_PAIRS))
 BACKENDS = ("step_cpu", "step_cuda")

@@ -125,20 +125,20 @@ def encoding(harness: Harness) -> None:
 
 Check = Callable[[Harness], None]
 
-MATH, WALK = "csrc/adamal_math.h", "csrc/multi_tensor.h"
-LAUNCH, CPU, STORAGE = "csrc/launch_params.h", "csrc/step_cpu.cpp", "csrc/storage.h"
-DEVICE, NORM, TREE = "csrc/device_scalars.h", "csrc/gradient_norm.h", "csrc/tree_sum.h"
-BLOCKS = "csrc/projection_blocks.h"
+MATH, WALK = "csrc/formula/element.h", "csrc/cuda/walk.h"
+LAUNCH, CPU, STORAGE = "csrc/cuda/launches.h", "csrc/cpu/step.cpp", "csrc/formula/storage.h"
+DEVICE, NORM, TREE = "csrc/formula/scalars.h", "csrc/formula/norm.h", "csrc/cpu/tree_sum.h"
+BLOCKS = "csrc/cuda/projection_blocks.h"
 
 # Name -> the fault, and what catches it without sanitizers.
 NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
     "a bound of a row's size has no room for rounding": (
-        Fault("csrc/set_loops_cpu.h", "kShare = 0x1p-10", "kShare = 0"),
+        Fault("csrc/cpu/set_loops.h", "kShare = 0x1p-10", "kShare = 0"),
         bounds,
     ),
     "a bound of a row's size is blind to what is tiny": (
         Fault(
-            "csrc/set_loops_cpu.h",
+            "csrc/cpu/set_loops.h",
             " + static_cast<double>(count) * std::numeric_limits<T>::min()",
             "",
         ),
@@ -146,30 +146,30 @@ NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
     ),
     "rows whose bound does not tell are left alone": (
         Fault(
-            "csrc/projection_cpu.cpp",
+            "csrc/cpu/projection.cpp",
             "if (!is_inside(tensor.rows.set, size_of(row))) row",
             "if (false) row",
         ),
         bounds,
     ),
     "elements that stood still have grown": (
-        Fault("csrc/watch.h", "grown += after > before;", "grown += after >= before;"),
+        Fault("csrc/formula/watch.h", "grown += after > before;", "grown += after >= before;"),
         watched_steps,
     ),
     "the budget's least change is looked for too seldom": (
         Fault(
-            "csrc/watch_cpu.h",
+            "csrc/cpu/watch.h",
             "(grown > 0 && seen.least_change < seen_->least_change)",
             "(grown > 1 && seen.least_change < seen_->least_change)",
         ),
         watched_steps,
     ),
     "watched steps forget the last one's learning rate": (
-        Fault("csrc/watch.h", "record->budget_scale = now.scale;", ""),
+        Fault("csrc/formula/watch.h", "record->budget_scale = now.scale;", ""),
         watched_steps,
     ),
     "a v that is no number has a smallest step": (
-        Fault("csrc/watch.h", "largest == largest ? smallest : largest;", "smallest;"),
+        Fault("csrc/formula/watch.h", "largest == largest ? smallest : largest;", "smallest;"),
         watched_extremes,
     ),
     "a skipped step is counted": (

@@ -31,7 +31,7 @@ PAIRS = range(len(DTYPE_PAIRS))
 Layout = tuple[tuple[int, ...], Any]
 """A contiguous shape, and the dimensions of a row."""
 
-SEARCH_ROUNDS = 12  # kSearchRounds in csrc/set_tables.h
+SEARCH_ROUNDS = 12  # kSearchRounds in csrc/cuda/set_tables.h
 SCALARS = [
     make_scalars(),
     make_scalars(step=1, weight_decay=0.1),

@@ -18,7 +18,7 @@ pytestmark = unwatched.pytestmark
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
 def test_watched_kernels(arch: str, tmp_path: Path) -> None:
     """Rounded and never fused, nothing spilled, wide accesses, room for two blocks."""
-    ptx, report, sass = compile_cuda("watched_step_cuda", arch, tmp_path)
+    ptx, report, sass = compile_cuda("cuda/watched_step", arch, tmp_path)
     assert {"div.rn.f32", "sqrt.rn.f32", "div.rn.f64", "sqrt.rn.f64"} <= rounded_arithmetic(ptx)
     assert set(re.findall(r"(\d+) bytes spill (?:stores|loads)", report)) == {"0"}
     kernels = [part.split("\n", 1) for part in sass.split("Function : ")[1:]]

@@ -25,7 +25,7 @@ why_not_importable = functools.cache(build_info.why_not_importable)
 
 
 class PlannedBackend:
-    """A backend whose plan (``csrc/plan.h``) binds the tensors' addresses and launches."""
+    """A backend whose plan (``csrc/plan/plan.h``) binds the tensors' addresses and launches."""
 
     has_native_plans = True
     """Whether :meth:`new_plan` makes plans of the C++ extension, which can repeat their steps."""

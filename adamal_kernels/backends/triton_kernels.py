@@ -1,4 +1,4 @@
-"""The Triton twin of ``csrc/adamal_math.h`` (the formula) and ``csrc/multi_tensor.h`` (the walk).
+"""The Triton twin of ``csrc/formula/element.h`` (the formula) and ``csrc/cuda/walk.h`` (the walk).
 
 Importing this imports Triton, which is slow: :mod:`.triton` does so on first use.
 """

@@ -63,7 +63,7 @@ class _Tables:
 
 
 class Launcher:
-    """Launches the steps that a plan packs: ``csrc/plan_triton.h`` or :class:`.PythonPlan`.
+    """Launches the steps that a plan packs: ``csrc/plan/triton_plan.h`` or :class:`.PythonPlan`.
 
     Every step copies one small buffer to the device and launches a kernel, or two where some
     tensors are misaligned, after another that derives the scalars where only the device knows
@@ -263,7 +263,7 @@ class Launcher:
         return prepare_launch(kernel, (programs, 1, 1), tensors, constants or {}, self._options)
 
     def _host(self, tensor: Tensor) -> Tensor:
-        # See csrc/plan_triton.cpp.
+        # See csrc/plan/triton_plan.cpp.
         return tensor if self._target is None else tensor.pin_memory()
 
     def _upload(self, host: Tensor) -> Tensor:

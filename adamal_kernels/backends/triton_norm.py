@@ -1,4 +1,4 @@
-"""The Triton twin of ``csrc/gradient_norm.h``: squares added in the order of ``gradient_norm.py``.
+"""The Triton twin of ``csrc/formula/norm.h``: squares added in the order of ``gradient_norm.py``.
 
 Importing this imports Triton, which is slow: :mod:`.triton` does so on first use.
 """

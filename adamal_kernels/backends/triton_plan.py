@@ -1,4 +1,4 @@
-"""The twin of ``csrc/plan_triton.h`` for where the C++ extension is not built."""
+"""The twin of ``csrc/plan/triton_plan.h`` for where the C++ extension is not built."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ class PythonPlan:
         return torch.stack([tensors, chunks], dim=1).to(torch.int32)
 
     def _host(self, tensor: Tensor) -> Tensor:
-        # See csrc/plan_triton.cpp.
+        # See csrc/plan/triton_plan.cpp.
         return tensor if self._key.device.type == "cpu" else tensor.pin_memory()
 
 

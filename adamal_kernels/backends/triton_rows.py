@@ -99,7 +99,7 @@ def constants(key: BucketKey, tile: Tile) -> dict[str, object]:
 
 @triton.jit
 def _offset(index, count, runs):
-    """Return where ``index`` is, in elements from the first one: as in csrc/coupled_rows.h.
+    """Return where ``index`` is, in elements from the first one: as in csrc/formula/rows.h.
 
     ``runs`` points at ``MOST_RUNS`` sizes, of which ``count`` are used, and as many strides.
     """

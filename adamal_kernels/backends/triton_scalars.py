@@ -1,4 +1,4 @@
-"""The Triton twin of ``csrc/device_scalars.h``: a step's scalars, derived on the device.
+"""The Triton twin of ``csrc/formula/scalars.h``: a step's scalars, derived on the device.
 
 Importing this imports Triton, which is slow: :mod:`.triton` does so on first use.
 """

@@ -1,4 +1,4 @@
-"""The Triton twin of ``csrc/coupled_sets.h``: the terms of elements, and the search of a row.
+"""The Triton twin of ``csrc/formula/sets.h``: the terms of elements, and the search of a row.
 
 What is of a row may be a number, or a vector of rows. Importing this imports Triton, which is slow:
 :mod:`.triton` does so on first use.

@@ -1,4 +1,4 @@
-"""The watched Triton step, the twin of ``csrc/watch.h``: a kernel of its own.
+"""The watched Triton step, the twin of ``csrc/formula/watch.h``: a kernel of its own.
 
 Importing this imports Triton, which is slow: :mod:`.triton` does so on first use.
 """

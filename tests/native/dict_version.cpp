@@ -1,5 +1,5 @@
-// csrc/dict_version.h for Python to call, by ctypes and with the GIL.
-#include "dict_version.h"
+// csrc/fast_path/dict_version.h for Python to call, by ctypes and with the GIL.
+#include "fast_path/dict_version.h"
 
 using adamal::DictVersion;
 

@@ -4,10 +4,10 @@
 #include <random>
 #include <vector>
 
-#include "gradient_norm.h"
+#include "cuda/launches.h"
+#include "cuda/walk.h"
+#include "formula/norm.h"
 #include "harness.h"
-#include "launch_params.h"
-#include "multi_tensor.h"
 #include "owned_bucket.h"
 #include "shuffled.h"
 #include "step.h"

@@ -11,7 +11,7 @@
 #include <memory>
 #include <vector>
 
-#include "bucket.h"
+#include "formula/bucket.h"
 #include "harness.h"
 #include "step.h"
 

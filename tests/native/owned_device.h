@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "device_scalars.h"
+#include "formula/scalars.h"
 #include "owned_bucket.h"
 
 namespace adamal::harness {

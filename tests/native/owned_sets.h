@@ -1,17 +1,17 @@
 // The sets of an OwnedBucket's tensors, read from the harness's input, and a projection onto them
-// that is as plain as coupled_sets.h allows: one element after another, and trees by recursion.
+// that is as plain as formula/sets.h allows: one element after another, and trees by recursion.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <vector>
 
-#include "coupled_rows.h"
-#include "coupled_sets.h"
-#include "gradient_norm.h"
+#include "formula/norm.h"
+#include "formula/rows.h"
+#include "formula/sets.h"
+#include "formula/storage.h"
 #include "owned_bucket.h"
 #include "step.h"
-#include "storage.h"
 
 namespace adamal::harness {
 

@@ -4,10 +4,10 @@
 #include <random>
 #include <vector>
 
+#include "cpu/projection.h"
 #include "harness.h"
 #include "owned_bucket.h"
 #include "owned_sets.h"
-#include "projection_cpu.h"
 #include "shuffled.h"
 #include "step.h"
 

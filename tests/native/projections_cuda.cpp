@@ -8,13 +8,13 @@
 #include <type_traits>
 #include <vector>
 
+#include "cuda/launches.h"
+#include "cuda/projection_launches.h"
+#include "cuda/set_tables.h"
 #include "harness.h"
-#include "launch_params.h"
 #include "owned_bucket.h"
 #include "owned_device.h"
 #include "owned_sets.h"
-#include "projection_launches.h"
-#include "set_tables.h"
 #include "shuffled.h"
 
 namespace {

@@ -5,7 +5,7 @@
 #include <memory>
 #include <random>
 
-#include "multi_tensor.h"
+#include "cuda/walk.h"
 #include "shuffled.h"
 #include "step.h"
 

@@ -3,8 +3,8 @@
 #include <memory>
 #include <random>
 
+#include "cuda/launches.h"
 #include "harness.h"
-#include "launch_params.h"
 #include "owned_bucket.h"
 #include "step.h"
 #include "step_launches.h"

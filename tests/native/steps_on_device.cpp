@@ -3,9 +3,9 @@
 #include <memory>
 #include <random>
 
-#include "device_scalars.h"
+#include "cuda/launches.h"
+#include "formula/scalars.h"
 #include "harness.h"
-#include "launch_params.h"
 #include "owned_bucket.h"
 #include "owned_device.h"
 #include "shuffled.h"

@@ -2,12 +2,12 @@
 #include <cstdint>
 #include <vector>
 
-#include "bucket.h"
+#include "cuda/launches.h"
+#include "cuda/walk.h"
+#include "formula/bucket.h"
+#include "formula/storage.h"
 #include "harness.h"
-#include "launch_params.h"
-#include "multi_tensor.h"
 #include "step.h"
-#include "storage.h"
 
 namespace {
 

@@ -4,14 +4,14 @@
 #include <random>
 #include <vector>
 
+#include "cuda/launches.h"
+#include "cuda/watched_block.h"
+#include "formula/watch.h"
 #include "harness.h"
-#include "launch_params.h"
 #include "owned_bucket.h"
 #include "shuffled.h"
 #include "step.h"
 #include "step_shares.h"
-#include "watch.h"
-#include "watched_block.h"
 
 namespace {
 
@@ -35,7 +35,7 @@ void run_watched_launch(const Params& params, int64_t block_count, std::mt19937_
   }
 }
 
-// Launches like those of watched_step_cuda.cu, the large ones or those of few tensors.
+// Launches like those of cuda/watched_step.cu, the large ones or those of few tensors.
 void run_watched_cuda(OwnedBucket& bucket) {
   std::mt19937_64 random(bucket.seed);
   dispatch(bucket.view, [&](auto key) {

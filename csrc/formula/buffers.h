@@ -1,0 +1,52 @@
+// The state tensors of a parameter: one table, a row a tensor.
+#pragma once
+
+#include <utility>
+
+#include "formula/element.h"
+
+namespace adamal {
+
+// Laid out as the parameter, or a float64 for each row of its set.
+enum class BufferShape { parameter, rows };
+enum class BufferNeeds { nothing, amsgrad, row_set };
+
+// In the order of BUFFERS in adamal_kernels/buffers.py.
+#define ADAMAL_BUFFERS(X)               \
+  X(exp_avg, parameter, nothing)        \
+  X(exp_avg_sq, parameter, nothing)     \
+  X(max_exp_avg_sq, parameter, amsgrad) \
+  X(multiplier, rows, row_set)
+
+struct Buffer {
+#define ADAMAL_NAME(key, shape, needs) key,
+  enum Index : int { ADAMAL_BUFFERS(ADAMAL_NAME) count };
+#undef ADAMAL_NAME
+
+  const char* key;  // in a parameter's state
+  BufferShape shape;
+  BufferNeeds needs;
+
+  constexpr bool exists(SecondMoment second_moment, bool has_row_set) const {
+    return needs == BufferNeeds::nothing ||
+           (needs == BufferNeeds::amsgrad ? second_moment == SecondMoment::amsgrad : has_row_set);
+  }
+};
+
+#define ADAMAL_ROW(key, shape, needs) {#key, BufferShape::shape, BufferNeeds::needs},
+inline constexpr Buffer kBuffers[Buffer::count] = {ADAMAL_BUFFERS(ADAMAL_ROW)};
+#undef ADAMAL_ROW
+
+// Calls body(std::integral_constant<int, index>) for each buffer until one call returns false, and
+// returns whether none did. A loop would cost the host some tens of instructions a tensor.
+template <typename Body, int... kIndices>
+bool for_buffers(const Body& body, std::integer_sequence<int, kIndices...>) {
+  return (body(std::integral_constant<int, kIndices>{}) && ...);
+}
+
+template <typename Body>
+bool for_buffers(const Body& body) {
+  return for_buffers(body, std::make_integer_sequence<int, Buffer::count>{});
+}
+
+}  // namespace adamal

@@ -1,0 +1,135 @@
+// A plan: a bucket of tensors bound once, compared on every step, bound anew where it changed.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
+#include <c10/core/Stream.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cpu/projection.h"
+#include "cuda/api.h"
+#include "cuda/set_tables.h"
+#include "step.h"
+
+namespace adamal {
+
+// Host memory from which a copy to `device` need not wait for it. A block of pinned memory is not
+// handed out again by torch before the copies out of it have run. Pageable memory may be read after
+// the call too, where the device reads it by itself and the driver stages nothing.
+at::Tensor empty_host(at::IntArrayRef sizes, at::ScalarType type, c10::Device device);
+
+// The table of a bucket's tensors and its work items, on one device.
+class Plan {
+ public:
+  // `chunk` is the number of elements a work item covers.
+  Plan(int pair, SecondMoment second_moment, c10::Device device, int64_t chunk)
+      : pair_(pair), second_moment_(second_moment), device_(device), chunk_(chunk) {}
+  virtual ~Plan() = default;
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  // Binds the tensors of the next steps. What is compared with the last binding is what kernels
+  // read, addresses and sizes: a table that compares equal is right whoever owns the tensors now.
+  // `sets` has an entry for every tensor, or none. `records` are those of each tensor's items,
+  // which are kept; empty: steps are not watched.
+  void bind(const std::vector<TensorEntry>& tensors, const std::vector<CoupledRows>& sets = {},
+            const std::vector<at::Tensor>& records = {});
+
+  // Steps the bound tensors: tensor i by scalars[rows[i]], or not at all where grads[i] is null.
+  // Where torch's CPU threads are known to be awake, they share what is not worth waking them.
+  void step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
+            const StepScalars<double>* scalars, int64_t scalar_count,
+            bool threads_are_awake = false);
+  // The same by scalars derived on the device, which then counts the step.
+  void step(const std::vector<const void*>& grads, const std::vector<uint32_t>& rows,
+            const DeviceScalars& device_scalars);
+  // The gradients' sum of squares, those of tensors added one after another: a float64 scalar on
+  // the device.
+  at::Tensor squared_norm(const std::vector<const void*>& grads);
+
+  // Makes ready what the next step needs besides its gradients: a step captured in a CUDA graph
+  // may copy nothing.
+  virtual void prepare() {}
+
+  int64_t chunk() const { return chunk_; }
+  DtypePair dtypes() const { return kDtypePairs[pair_]; }
+  SecondMoment second_moment() const { return second_moment_; }
+  c10::Device device() const { return device_; }
+  const std::vector<TensorEntry>& tensors() const { return tensors_; }
+
+ protected:
+  const std::vector<CoupledRows>& sets() const { return sets_; }
+  const std::vector<WorkItem>& items() const { return items_; }
+  const std::vector<at::Tensor>& records() const { return records_; }
+  Bucket bucket_of(const std::vector<const void*>& grads, const uint32_t* rows) const;
+
+ private:
+  // Whether the plan can step tensors whose sets couple elements.
+  virtual bool can_project() const { return false; }
+  virtual void on_bound() = 0;
+  virtual void launch(const Bucket& bucket) = 0;
+  virtual at::Tensor launch_squared_norm(const Bucket& bucket) = 0;
+
+  int pair_;
+  SecondMoment second_moment_;
+  c10::Device device_;
+  int64_t chunk_;
+  std::vector<TensorEntry> tensors_;
+  std::vector<CoupledRows> sets_;
+  std::vector<WorkItem> items_;
+  std::vector<at::Tensor> records_;
+  std::vector<ItemRecord*> record_addresses_;
+};
+
+// Steps over torch's CPU threads.
+class CpuPlan : public Plan {
+ public:
+  CpuPlan(int pair, SecondMoment second_moment)
+      : Plan(pair, second_moment, c10::Device(c10::kCPU), kCpuChunk) {}
+
+ private:
+  bool can_project() const override { return true; }
+  void on_bound() override;
+  void launch(const Bucket& bucket) override;
+  void launch_by_rows(Bucket bucket);
+  at::Tensor launch_squared_norm(const Bucket& bucket) override;
+
+  std::vector<int64_t> cost_before_;  // of item i: that of all items before it
+  int64_t bytes_ = 0;                 // of all that a step reads
+  ProjectedStep projected_;           // of a bucket with sets
+};
+
+// Steps on the device's current stream. A copy of the tables is kept on the device.
+class CudaPlan : public Plan {
+ public:
+  CudaPlan(int pair, SecondMoment second_moment, c10::Device device, const CudaApi& api)
+      : Plan(pair, second_moment, device, cuda_chunk(pair)), api_(api) {}
+
+ private:
+  bool can_project() const override { return true; }
+  void on_bound() override { uploaded_ = false; }
+  void launch(const Bucket& bucket) override;
+  at::Tensor launch_squared_norm(const Bucket& bucket) override;
+  void prepare() override;
+  // Copies the tables where they changed; returns the stream to launch on.
+  c10::Stream prepared_stream(const Bucket& bucket);
+  void upload(const Bucket& bucket);
+  void upload_sets(const Bucket& bucket);
+  at::Tensor bytes_on_device(int64_t bytes) const;
+  DeviceTables tables_of(const Bucket& bucket) const;
+  void check(const char* error, const char* what) const;
+
+  CudaApi api_;
+  bool uploaded_ = false;
+  // Bytes: the tensor entries, the work items, each tensor's first item and its records.
+  at::Tensor table_;
+  at::Tensor rows_;        // bytes: the scalars that the device derived
+  at::Tensor set_memory_;  // bytes: that of set_tables.h; undefined where no set couples elements
+  SetTables set_tables_{};
+  std::optional<c10::Stream> allocation_stream_;
+};
+
+}  // namespace adamal
