@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "cpu/multiversioned.h"
+#include "cpu/step.h"
 #include "cpu/tree_sum.h"
-#include "step.h"
 
 namespace adamal {
 namespace {

@@ -6,8 +6,8 @@
 #include <type_traits>
 
 #include "cpu/set_loops.h"
+#include "cpu/step.h"
 #include "formula/storage.h"
-#include "step.h"
 
 namespace adamal {
 namespace {

@@ -1,5 +1,5 @@
 // The CPU step: the plain loop over the element function, vectorised by the compiler.
-#include "step.h"
+#include "cpu/step.h"
 
 #include <algorithm>
 #include <type_traits>

@@ -2,7 +2,7 @@
 // links the other, and the one with the kernels needs no torch.
 #pragma once
 
-#include "step.h"
+#include "cuda/step.h"
 
 namespace adamal {
 

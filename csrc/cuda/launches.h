@@ -7,8 +7,8 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/step.h"
 #include "formula/bucket.h"
-#include "step.h"
 
 namespace adamal {
 

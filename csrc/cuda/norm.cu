@@ -6,8 +6,8 @@
 #include <limits>
 
 #include "cuda/launches.h"
+#include "cuda/step.h"
 #include "formula/norm.h"
-#include "step.h"
 
 namespace adamal {
 namespace {

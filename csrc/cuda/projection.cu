@@ -9,7 +9,7 @@
 #include "cuda/projection_launches.h"
 #include "cuda/scalars.h"
 #include "cuda/set_tables.h"
-#include "step.h"
+#include "cuda/step.h"
 
 namespace adamal {
 namespace {

@@ -11,11 +11,11 @@
 
 #include "cuda/launches.h"
 #include "cuda/set_tables.h"
+#include "cuda/step.h"
 #include "cuda/stepped_row.h"
 #include "cuda/walk.h"
 #include "formula/bucket.h"
 #include "formula/sets.h"
-#include "step.h"
 
 namespace adamal {
 

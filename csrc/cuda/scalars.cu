@@ -1,7 +1,7 @@
 // Derives the scalars of a step on the device: a thread a tensor. Says, too, whether the device can
 // run any of this. Includes no torch header.
 #include "cuda/scalars.h"
-#include "step.h"
+#include "cuda/step.h"
 
 namespace adamal {
 namespace {

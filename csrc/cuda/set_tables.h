@@ -7,10 +7,10 @@
 #include <vector>
 
 #include "cuda/launches.h"
+#include "cuda/step.h"
 #include "formula/bucket.h"
 #include "formula/norm.h"
 #include "formula/rows.h"
-#include "step.h"
 
 namespace adamal {
 

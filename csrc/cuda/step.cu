@@ -6,8 +6,8 @@
 
 #include "cuda/launches.h"
 #include "cuda/scalars.h"
+#include "cuda/step.h"
 #include "cuda/walk.h"
-#include "step.h"
 
 #if CUDART_VERSION < 12010
 #error "adamal_kernels needs CUDA 12.1 or newer: its launches carry up to 32764 bytes of parameters"

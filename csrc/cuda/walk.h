@@ -9,9 +9,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cuda/step.h"
 #include "formula/bucket.h"
 #include "formula/storage.h"
-#include "step.h"
 
 #ifdef __CUDACC__
 #define ADAMAL_UNROLL _Pragma("unroll")

@@ -6,8 +6,8 @@
 #include <limits>
 
 #include "cuda/scalars.h"
+#include "cuda/step.h"
 #include "cuda/watched_block.h"
-#include "step.h"
 
 namespace adamal {
 namespace {

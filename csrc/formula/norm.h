@@ -6,10 +6,10 @@
 
 #include <cstdint>
 
+#include "cuda/step.h"
 #include "cuda/walk.h"
 #include "formula/element.h"
 #include "formula/storage.h"
-#include "step.h"
 
 namespace adamal {
 

@@ -10,9 +10,10 @@
 #include <vector>
 
 #include "cpu/projection.h"
+#include "cpu/step.h"
 #include "cuda/api.h"
 #include "cuda/set_tables.h"
-#include "step.h"
+#include "cuda/step.h"
 
 namespace adamal {
 

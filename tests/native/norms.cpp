@@ -4,13 +4,14 @@
 #include <random>
 #include <vector>
 
+#include "cpu/step.h"
 #include "cuda/launches.h"
+#include "cuda/step.h"
 #include "cuda/walk.h"
 #include "formula/norm.h"
 #include "harness.h"
 #include "owned_bucket.h"
 #include "shuffled.h"
-#include "step.h"
 
 namespace {
 

@@ -11,9 +11,10 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/step.h"
+#include "cuda/step.h"
 #include "formula/bucket.h"
 #include "harness.h"
-#include "step.h"
 
 namespace adamal::harness {
 

@@ -11,7 +11,6 @@
 #include "formula/sets.h"
 #include "formula/storage.h"
 #include "owned_bucket.h"
-#include "step.h"
 
 namespace adamal::harness {
 

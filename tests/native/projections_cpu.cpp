@@ -5,11 +5,11 @@
 #include <vector>
 
 #include "cpu/projection.h"
+#include "cpu/step.h"
 #include "harness.h"
 #include "owned_bucket.h"
 #include "owned_sets.h"
 #include "shuffled.h"
-#include "step.h"
 
 namespace {
 

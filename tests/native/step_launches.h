@@ -5,9 +5,9 @@
 #include <memory>
 #include <random>
 
+#include "cuda/step.h"
 #include "cuda/walk.h"
 #include "shuffled.h"
-#include "step.h"
 
 namespace adamal::harness {
 

@@ -6,9 +6,9 @@
 #include <random>
 #include <vector>
 
+#include "cpu/step.h"
 #include "owned_bucket.h"
 #include "shuffled.h"
-#include "step.h"
 
 namespace adamal::harness {
 

@@ -4,9 +4,9 @@
 #include <random>
 
 #include "cuda/launches.h"
+#include "cuda/step.h"
 #include "harness.h"
 #include "owned_bucket.h"
-#include "step.h"
 #include "step_launches.h"
 
 namespace {

@@ -4,12 +4,12 @@
 #include <random>
 
 #include "cuda/launches.h"
+#include "cuda/step.h"
 #include "formula/scalars.h"
 #include "harness.h"
 #include "owned_bucket.h"
 #include "owned_device.h"
 #include "shuffled.h"
-#include "step.h"
 #include "step_launches.h"
 
 namespace {

@@ -2,12 +2,13 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/step.h"
 #include "cuda/launches.h"
+#include "cuda/step.h"
 #include "cuda/walk.h"
 #include "formula/bucket.h"
 #include "formula/storage.h"
 #include "harness.h"
-#include "step.h"
 
 namespace {
 

@@ -5,12 +5,12 @@
 #include <vector>
 
 #include "cuda/launches.h"
+#include "cuda/step.h"
 #include "cuda/watched_block.h"
 #include "formula/watch.h"
 #include "harness.h"
 #include "owned_bucket.h"
 #include "shuffled.h"
-#include "step.h"
 #include "step_shares.h"
 
 namespace {

@@ -1,4 +1,4 @@
-// One step of one bucket on each native backend.
+// One step of one bucket on CUDA.
 #pragma once
 
 #include <cstddef>
@@ -8,10 +8,6 @@
 #include "formula/dtypes.h"
 
 namespace adamal {
-
-// Elements a work item covers on the CPU: a chunk's streams stay within a core's L2 cache and leave
-// enough items to balance.
-inline constexpr int64_t kCpuChunk = 16384;
 
 // A CUDA work item is a block, each of whose threads holds 32 bytes of every moment in registers:
 // enough loads in flight to hide the memory's latency, few enough to keep several blocks resident.
@@ -25,21 +21,6 @@ inline constexpr int64_t kCudaChunk = kCudaBlockThreads * kCudaThreadElements<T>
 constexpr int64_t cuda_chunk(int pair) {
   return kDtypePairs[pair].param == Dtype::float64 ? kCudaChunk<double> : kCudaChunk<float>;
 }
-
-// Steps the work items [first_item, last_item), serially; disjoint ranges may run in parallel.
-void step_cpu(const Bucket& bucket, int64_t first_item, int64_t last_item);
-
-// Steps elements [first, first + count) of one tensor; does not project.
-void step_elements_cpu(const Bucket& bucket, uint32_t tensor, int64_t first, int64_t count);
-
-// The squares of the gradients of work items [first_item, last_item), added up by chunk:
-// kNormChunksPerItem sums an item, 0 where there is nothing. Disjoint ranges may run in parallel.
-inline constexpr int64_t kNormChunksPerItem = kCpuChunk / 1024;
-void squared_norm_items_cpu(const Bucket& bucket, int64_t first_item, int64_t last_item,
-                            double* chunk_sums);
-
-// Adds them up by tensor, 0 for those without elements or gradient.
-void squared_norm_tensors_cpu(const Bucket& bucket, const double* chunk_sums, double* sums);
 
 inline constexpr const char* kTooManyItems =
     "a bucket of more than 2^31 - 1 chunks exceeds a CUDA grid: split its parameters over several "
