@@ -127,7 +127,7 @@ Check = Callable[[Harness], None]
 
 MATH, WALK = "csrc/formula/element.h", "csrc/cuda/walk.h"
 LAUNCH, CPU, STORAGE = "csrc/cuda/launches.h", "csrc/cpu/step.cpp", "csrc/formula/storage.h"
-DEVICE, NORM, TREE = "csrc/formula/scalars.h", "csrc/formula/norm.h", "csrc/cpu/tree_sum.h"
+DEVICE, TREE, NORM = "csrc/formula/scalars.h", "csrc/cpu/tree_sum.h", "csrc/cuda/norm_tree.h"
 BLOCKS = "csrc/cuda/projection_blocks.h"
 
 # Name -> the fault, and what catches it without sanitizers.

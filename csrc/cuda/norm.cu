@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "cuda/launches.h"
+#include "cuda/norm_tree.h"
 #include "cuda/step.h"
 #include "formula/norm.h"
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/norm_tree.h"
 #include "cuda/set_tables.h"
 #include "cuda/walk.h"
 #include "formula/bucket.h"

@@ -6,6 +6,7 @@
 
 #include "cpu/step.h"
 #include "cuda/launches.h"
+#include "cuda/norm_tree.h"
 #include "cuda/step.h"
 #include "cuda/walk.h"
 #include "formula/norm.h"
