@@ -53,6 +53,8 @@ SOURCES = {
         "fast_path/members.cpp",
         "fast_path/sharded.cpp",
         "fast_path/sharded_class.cpp",
+        "plan/cpu_plan.cpp",
+        "plan/cuda_plan.cpp",
         "plan/plan.cpp",
         "plan/triton_plan.cpp",
     ],

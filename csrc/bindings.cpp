@@ -9,6 +9,8 @@
 
 #include "fast_path/fast_path.h"
 #include "fast_path/tensor_fields.h"
+#include "plan/cpu_plan.h"
+#include "plan/cuda_plan.h"
 #include "plan/plan.h"
 #include "plan/triton_plan.h"
 
