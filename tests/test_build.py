@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_install import MODULE, NVCC, Checkout
+from checkout import MODULE, NVCC, Checkout
 
 from adamal_kernels import __main__, build, build_config, build_info
 

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support import Place
-from test_steady_state import (
+from steady_steps import (
     CHANGES,
     REPEATED,
     Pair,
     checked,  # noqa: F401
     set_option,
 )
+from support import Place
 from torch import Tensor
 
 from adamal_kernels import Adam, Box, L1Ball, L2Ball, Simplex

@@ -2,71 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import re
-import shutil
-import subprocess
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import pytest
 import torch
 from between_workers import locked
-from native_programs import CSRC
+from machine_code import (
+    CAPACITIES,
+    Instruction,
+    compile_cuda,
+    loads_in_flight,
+    needs_nvcc,
+    parse_code,
+    rounded_arithmetic,
+)
 
 from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
 
-NVCC = shutil.which("nvcc")
-NVCC_FLAGS = ("-O3", "-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false", "-std=c++17")
 ARCHS = ("sm_80", "sm_90", "sm_100")
 STEP_ARCHS = ("sm_75", *ARCHS, "sm_120")  # all that setup.py names; each takes minutes
-CAPACITIES = 4  # small and large launches, by scalars of the host and of the device
 THREAD_BYTES = 32  # of every moment, in one thread's registers
 
-pytestmark = pytest.mark.skipif(
-    NVCC is None and "CI" not in os.environ,
-    reason="nvcc is not on PATH (with CI set this is a failure)",
-)
-
-
-def find_disassembler() -> str:
-    """Return cuobjdump: the toolkit's, else the one in Triton's package."""
-    beside_nvcc = Path(NVCC).resolve().with_name("cuobjdump")
-    triton = Path(sysconfig.get_path("purelib"), "triton/backends/nvidia/bin/cuobjdump")
-    for candidate in (beside_nvcc, shutil.which("cuobjdump"), triton):
-        if candidate is not None and Path(candidate).exists():
-            return str(candidate)
-    pytest.fail("no cuobjdump beside nvcc, on PATH or in Triton's package: pip install triton")
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One instruction of the machine code."""
-
-    predicate: str
-    """Such as ``@!P0``; empty if it runs always."""
-    opcode: str
-    operands: str
-
-    @property
-    def branches(self) -> bool:
-        return self.opcode.split(".")[0] in ("BRA", "EXIT", "CALL", "RET", "BRX", "JMP")
-
-    @cached_property
-    def registers(self) -> frozenset[int]:
-        return frozenset(int(number) for number in re.findall(r"\bR(\d+)", self.operands))
-
-    @cached_property
-    def loaded(self) -> frozenset[int]:
-        """The registers a 128-bit load fills."""
-        first = int(re.match(r"R(\d+)", self.operands)[1])
-        return frozenset(range(first, first + 4))
+pytestmark = needs_nvcc
 
 
 @dataclass(frozen=True)
@@ -114,7 +76,6 @@ NAME = re.compile(
     r"adamal_stepILNS_12SecondMomentE(?P<moment>\d)E"
     r"(?P<param>f|d|NS_8bfloat16E|NS_7float16E)(?P<grad>f|d|NS_8bfloat16E|NS_7float16E|S\d*_)"
 )
-SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 
 
 def parse_name(name: str) -> tuple[DtypePair, SecondMoment]:
@@ -128,34 +89,10 @@ def parse_name(name: str) -> tuple[DtypePair, SecondMoment]:
     return DtypePair(param, grad), SecondMoment(int(match["moment"]))
 
 
-def parse_code(body: str) -> list[Instruction]:
-    lines = map(SASS_LINE.match, body.splitlines())
-    # Turing's accesses name their scope, which all have.
-    return [Instruction(m[1] or "", m[2].removesuffix(".SYS"), m[3]) for m in lines if m]
-
-
 def parse_sass(text: str) -> Iterator[Kernel]:
     for part in text.split("Function : ")[1:]:
         name, body = part.split("\n", 1)
         yield Kernel(*parse_name(name), parse_code(body))
-
-
-def compile_cuda(source: str, arch: str, folder: Path) -> tuple[str, str, str]:
-    """Return the PTX, ptxas's report and the machine code of a CUDA source: a path in csrc."""
-    assert NVCC, "CI is set and nvcc is not on PATH: install the CUDA toolkit"
-    cubin = folder / "made.cubin"
-    command = [NVCC, *NVCC_FLAGS, f"-I{CSRC}", f"-arch={arch}", "-cubin", "-keep", "-Xptxas=-v"]
-    done = subprocess.run(
-        [*command, f"-keep-dir={folder}", CSRC / f"{source}.cu", "-o", cubin],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    (ptx,) = folder.glob("*.ptx")
-    sass = subprocess.run(
-        [find_disassembler(), "-sass", cubin], check=True, capture_output=True, text=True
-    )
-    return ptx.read_text(), done.stderr, sass.stdout
 
 
 @pytest.fixture(scope="session", params=STEP_ARCHS)
@@ -173,22 +110,6 @@ def test_there_is_a_kernel_for_every_pair_and_second_moment(build: Build) -> Non
     found = sorted((DTYPE_PAIRS.index(k.dtypes), k.second_moment) for k in build.kernels)
     kinds = [(pair, moment) for pair in range(len(DTYPE_PAIRS)) for moment in SecondMoment]
     assert found == sorted(kinds * CAPACITIES)
-
-
-def rounded_arithmetic(ptx: str) -> set[str]:
-    """Return the kinds of floating-point arithmetic, having checked that each rounds to nearest."""
-    arithmetic = re.findall(
-        r"^\s*(?:@\S+\s+)?((?:add|sub|mul|div|sqrt|rcp|rsqrt|fma|mad|ex2|lg2)\.\S*f(?:16|32|64)\S*)",
-        ptx,
-        re.MULTILINE,
-    )
-    kinds = set(arithmetic)
-    # Without .rn, add, sub and mul may be contracted later.
-    operations = itertools.product(("add", "sub", "mul", "div", "rcp", "sqrt"), ("f32", "f64"))
-    assert kinds <= {f"{operation}.rn.{real}" for operation, real in operations}
-    for word in (".approx", ".ftz", "fma.", ".full.", "mad.f", "mad.rn"):
-        assert word not in ptx
-    return kinds
 
 
 def test_arithmetic_is_rounded_and_never_fused(build: Build) -> None:
@@ -215,21 +136,6 @@ def test_vectors_are_moved_by_128_bit_accesses(build: Build) -> None:
         assert kernel.count("STG.E.128") >= vectors * kernel.vector_stores - 1
         # Generic addresses would cost a check each.
         assert {i.opcode.split(".")[0] for i in kernel.code}.isdisjoint({"LD", "ST"})
-
-
-def loads_in_flight(code: list[Instruction]) -> int:
-    """Return how many 128-bit loads are issued, at most, before the first of them is used."""
-    longest = run = 0
-    pending: frozenset[int] = frozenset()
-    for instruction in code:
-        if instruction.opcode == "LDG.E.128":
-            run += 1
-            pending |= instruction.loaded
-            longest = max(longest, run)
-        elif instruction.branches or instruction.registers & pending:
-            run = 0
-            pending = frozenset()
-    return longest
 
 
 def test_loads_of_a_chunk_come_before_the_first_use(build: Build) -> None:

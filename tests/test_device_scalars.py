@@ -12,8 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from property_testing import given, st
-from support import Place
-from test_steady_state import (
+from steady_steps import (
     Pair,
     checked,
     new_pair,
@@ -21,6 +20,7 @@ from test_steady_state import (
     skip_all,
     with_gradients_missing,
 )
+from support import Place
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import copy_params, new_params, through_file, train, values_of
 from support import refused
-from test_checkpoint import copy_params, new_params, through_file, train, values_of
 from torch import Tensor
 from torch.optim import Optimizer
 

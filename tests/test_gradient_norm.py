@@ -10,8 +10,8 @@ from fractions import Fraction
 
 import pytest
 import torch
+from error_bounds import error_bound
 from support import Place, name_of
-from test_hyperparameters import error_bound
 from torch import Tensor
 
 from adamal_kernels import AdamAL

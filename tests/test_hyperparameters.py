@@ -8,17 +8,12 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+from error_bounds import UNIT, error_bound
 from property_testing import given, st
 
 from adamal_kernels.hyperparameters import StepOptions, StepScalars, beta_power, derive_step_scalars
 
-UNIT = 2.0**-53
 BETAS = (0.0, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999, 1 - UNIT)
-
-
-def error_bound(roundings: int) -> float:
-    """The textbook's gamma_n: the relative error of a product after ``roundings`` roundings."""
-    return roundings * UNIT / (1 - roundings * UNIT)
 
 
 @given(st.floats(0.5, 1, exclude_max=True), st.integers(0, 300))

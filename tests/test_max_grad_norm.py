@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from steady_steps import Pair, checked, new_pair, on_places_of_steady_steps
 from support import Place, name_of, refused, unscaling
-from test_steady_state import Pair, checked, new_pair, on_places_of_steady_steps
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cifar10_files import write_cifar10
 
 from benchmarks.paper.cifar10 import (
     RECORD_BYTES,
@@ -17,24 +18,6 @@ from benchmarks.paper.cifar10 import (
 )
 from benchmarks.paper.datasets import cifar10, crop_and_flip, digits, hold_out
 from benchmarks.paper.networks import NETWORKS, VGG, ResNet, name_of
-
-IMAGES_A_FILE = 4
-
-
-def write_cifar10(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Write CIFAR-10's files with a few random images each; return all images and labels."""
-    random = np.random.default_rng(0)
-    files = (*TRAIN_FILES, *TEST_FILES)
-    images = random.integers(0, 256, (len(files), IMAGES_A_FILE, 3, 32, 32), dtype=np.uint8)
-    labels = random.integers(0, 10, (len(files), IMAGES_A_FILE), dtype=np.uint8)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, some_images, some_labels in zip(files, images, labels, strict=True):
-        with (folder / name).open("wb") as file:
-            for image, label in zip(some_images, some_labels, strict=True):
-                file.write(bytes([label]))
-                for plane in image:  # Red, green, blue; each row by row.
-                    file.write(plane.tobytes())
-    return images.reshape(-1, 3, 32, 32), labels.reshape(-1)
 
 
 @pytest.mark.parametrize("inside", ["", "cifar-10-batches-bin"])

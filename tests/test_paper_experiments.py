@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cifar10_files import write_cifar10
 from rich.console import Console
-from test_paper_data import write_cifar10
 
 from benchmarks.paper import swaps
 from benchmarks.paper.argmin import argmin_violation

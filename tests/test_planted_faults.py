@@ -13,12 +13,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import coupled_native as coupled
+import device_kernels as device
+import native_walk as walk
+import projection_blocks as blocks
 import pytest
-import test_coupled_native as coupled
-import test_device_kernels as device
-import test_native_walk as walk
-import test_projection_blocks as blocks
-import test_watch_kernels as watched
+import watch_kernels as watched
 from between_workers import is_worker
 from forked_pytest import ROOT, run_pytest
 from native_harness import Command, Harness, HarnessError
@@ -42,85 +42,85 @@ class Fault:
         path.write_text(text.replace(self.right, self.wrong))
 
 
-# What catches faults in csrc: the checks of test_native_walk.py.
+# What catches faults in csrc: checks that the native kernels' tests run, too.
 
 
 def formula(harness: Harness) -> None:
     for backend in walk.BACKENDS:
-        walk.test_formula(harness, backend)
+        walk.check_formula(harness, backend)
 
 
 def zero_over_zero(harness: Harness) -> None:
     for backend in walk.BACKENDS:
-        walk.test_zero_over_zero_leaves_the_parameter(harness, backend, SecondMoment.MONOTONE)
+        walk.check_zero_over_zero_leaves_the_parameter(harness, backend, SecondMoment.MONOTONE)
 
 
 def cpu_chunks(harness: Harness) -> None:
-    walk.test_sizes_about_cpu_chunks(harness, harness.info())
+    walk.check_sizes_about_cpu_chunks(harness, harness.info())
 
 
 def cuda_sizes(harness: Harness) -> None:
-    walk.test_sizes_about_vectors_and_chunks(harness, harness.info(), "step_cuda")
+    walk.check_sizes_about_vectors_and_chunks(harness, harness.info(), "step_cuda")
 
 
 def cuda_misaligned(harness: Harness) -> None:
-    walk.test_misaligned_streams(harness, harness.info(), "step_cuda")
+    walk.check_misaligned_streams(harness, harness.info(), "step_cuda")
 
 
 def cuda_without_gradient(harness: Harness) -> None:
-    walk.test_tensors_without_gradient(harness, "step_cuda")
+    walk.check_tensors_without_gradient(harness, "step_cuda")
 
 
 def cuda_unchanged_v(harness: Harness) -> None:
     for second_moment in (SecondMoment.MONOTONE, SecondMoment.AMSGRAD):
-        walk.test_cuda_walk_does_not_store_what_did_not_change(
+        walk.check_cuda_walk_does_not_store_what_did_not_change(
             harness, harness.info(), second_moment
         )
 
 
 def device_steps(harness: Harness) -> None:
     for name in ("scaled and clipped", "found inf"):
-        device.test_steps_are_those_of_python(harness, name, True)
+        device.check_steps_are_those_of_python(harness, name, True)
 
 
 def device_launches(harness: Harness) -> None:
-    device.test_buckets_of_several_launches(harness, True)
+    device.check_buckets_of_several_launches(harness, True)
 
 
 def norms(harness: Harness) -> None:
     for command in (Command.NORM_CPU, Command.NORM_CUDA):
-        device.test_norms_are_those_of_python(harness, command)
-    device.test_norms_of_many_chunks_use_every_lane(harness)
+        device.check_norms_are_those_of_python(harness, command)
+    device.check_norms_of_many_chunks_use_every_lane(harness)
 
 
 def watched_steps(harness: Harness) -> None:
     for command in watched.COMMANDS:
-        watched.test_records_are_those_of_the_eager_formula(harness, command)
+        watched.check_records_are_those_of_the_eager_formula(harness, command)
 
 
 def watched_extremes(harness: Harness) -> None:
-    watched.test_records_of_every_type_and_of_extremes(harness, Command.WATCHED_CPU)
+    watched.check_records_of_every_type_and_of_extremes(harness, Command.WATCHED_CPU)
 
 
 def projections(harness: Harness) -> None:
-    blocks.test_short_rows(harness, 1)
-    blocks.test_long_rows(harness, 0, 0)
-    blocks.test_long_searches(harness, 16400)
+    blocks.check_short_rows(harness, 1)
+    blocks.check_long_rows(harness, 0, 0)
+    blocks.check_long_searches(harness, 16400)
 
 
 def bounds(harness: Harness) -> None:
     for cls in (coupled.L2Ball, coupled.L1Ball):
-        coupled.test_rows_about_the_size_of_their_balls(harness, cls, coupled.FLOAT32)
-        coupled.test_a_row_whose_size_float32_would_lose(harness, cls)
+        coupled.check_rows_about_the_size_of_their_balls(harness, cls, coupled.FLOAT32)
+        coupled.check_a_row_whose_size_float32_would_lose(harness, cls)
 
 
 def launches(harness: Harness) -> None:
-    walk.test_launches_split_where_their_parameters_are_full(harness, harness.info(), 0)
+    walk.check_launches_split_where_their_parameters_are_full(harness, harness.info(), 0)
 
 
 def encoding(harness: Harness) -> None:
     for code, dtype in walk.SIXTEEN_BIT:
-        walk.test_encode(harness, code, dtype)
+        walk.check_encode(harness, code, dtype)
 
 
 Check = Callable[[Harness], None]
@@ -274,7 +274,7 @@ NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
     ),
     "no bias correction of v": (
         Fault(MATH, "sqrt(1.0 - beta_power(options.beta2, step))", "1.0"),
-        walk.test_scalars_are_those_of_python,
+        walk.check_scalars_are_those_of_python,
     ),
     "the ragged tail is dropped": (
         Fault(

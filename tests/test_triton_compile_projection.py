@@ -13,7 +13,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from test_triton_compile import (  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton_compiling import (  # noqa: E402
     BFLOAT16,
     FLOAT32,
     FLOAT64,
@@ -23,7 +24,6 @@ from test_triton_compile import (  # noqa: E402
     SM100,
     compile_kernel,
 )
-from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from adamal_kernels.backends import triton_kernels, triton_long_rows, triton_rows  # noqa: E402
 from adamal_kernels.bucket import BucketKey  # noqa: E402

@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_triton_compile import (
+from triton.backends.compiler import GPUTarget
+from triton_compiling import (
     FLOAT32,
     FLOAT64,
     GFX942,
@@ -27,7 +28,6 @@ from test_triton_compile import (
     some_pairs,
     types_id,
 )
-from triton.backends.compiler import GPUTarget
 
 from adamal_kernels.backends import triton_kernels, triton_norm, triton_scalars
 from adamal_kernels.bucket import BucketKey

@@ -14,12 +14,12 @@ from adamal_kernels.dtypes import DtypePair, compute_dtype
 
 triton = pytest.importorskip("triton")
 
-import test_triton_compile as compiling  # noqa: E402
-from test_triton_compile import FLOAT32, GFX942, SM80, SM90, SM100  # noqa: E402
+import triton_compiling as compiling  # noqa: E402
+from triton_compiling import FLOAT32, GFX942, SM80, SM90, SM100  # noqa: E402
 
 from adamal_kernels.backends import triton_kernels, triton_watch  # noqa: E402
 
-pytestmark = compiling.pytestmark
+pytestmark = compiling.not_interpreted
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from steady_steps import REPEATED, checked  # noqa: F401
 from strange_moments import watch_strange_moments
 from support import DEVICES, Place
-from test_steady_state import REPEATED, checked  # noqa: F401
 from torch import Tensor
 
 from adamal_kernels import Adam, AdamAL, AdamALW, Box, NonNegative, ParameterStatistics

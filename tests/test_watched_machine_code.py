@@ -6,13 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
-import test_cuda_machine_code as unwatched
-from test_cuda_machine_code import CAPACITIES, compile_cuda, parse_code, rounded_arithmetic
+from machine_code import (
+    CAPACITIES,
+    compile_cuda,
+    needs_nvcc,
+    parse_code,
+    rounded_arithmetic,
+)
 
 from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.dtypes import DTYPE_PAIRS
 
-pytestmark = unwatched.pytestmark
+pytestmark = needs_nvcc
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
