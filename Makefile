@@ -21,8 +21,9 @@ RUN_NEWEST := PATH="$(CURDIR)/$(VENV_NEWEST)/bin:$$PATH" $(VENV_NEWEST)/bin
 NATIVE := adamal_kernels/build_config.py $(shell find csrc -type f)
 PACKAGE := $(shell find adamal_kernels -name '*.py')
 # What depends on Python's and torch's own objects, whose layout and interfaces change.
-CORE_TESTS := $(patsubst %,tests/test_%.py,optimizer steady_state dict_version shared_walk plan \
-  checkpoint traps bad_input)
+CORE_TESTS := $(addprefix tests/optimizer/test_,optimizer.py plan.py traps.py bad_input.py) \
+  $(addprefix tests/fast_path/test_,steady_state.py dict_version.py shared_walk.py) \
+  tests/checkpoints/test_checkpoint.py
 
 .NOTPARALLEL:
 .PHONY: help demo test bench bench-check paper build cuda-build newest newest-bench-check \

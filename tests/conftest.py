@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton_interpreter
-from between_workers import is_worker
-from support import DEVICES, PLACES, Place, is_on_gpu
+
+pytest.register_assert_rewrite("helpers")
+
+from helpers import triton_interpreter  # noqa: E402
+from helpers.between_workers import is_worker  # noqa: E402
+from helpers.support import DEVICES, PLACES, Place, is_on_gpu  # noqa: E402
 
 # For tests of benchmarks/, whichever way pytest was started. Last: where a copy of the package is
 # under test, it goes first.

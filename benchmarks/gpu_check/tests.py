@@ -121,7 +121,8 @@ def test_files(folder: Path) -> list[Path]:
     Importing the others takes its time.
     """
     places = re.compile(
-        r"^from support import|\bmark\.gpu\b|^def test_\w+\([^)]*\bdevice: torch\.device\b",
+        r"^from helpers\.support import|\bmark\.gpu\b"
+        r"|^def test_\w+\([^)]*\bdevice: torch\.device\b",
         re.MULTILINE,
     )
     return [path for path in sorted(folder.rglob("test_*.py")) if places.search(path.read_text())]

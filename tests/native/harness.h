@@ -1,7 +1,7 @@
 // What the programs of the harness share: what they can be asked, and how they are.
 //
-// Usage: PROGRAM INPUT OUTPUT. tests/native_harness.py writes the input and reads the output; both
-// are plain concatenations of little-endian 8-byte numbers and raw arrays.
+// Usage: PROGRAM INPUT OUTPUT. tests/helpers/native_harness.py writes the input and reads the
+// output; both are plain concatenations of little-endian 8-byte numbers and raw arrays.
 #pragma once
 
 #include <cstdint>
