@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buffers import SecondMoment
-from .dtypes import DTYPE_PAIRS, DtypePair
+from .core.buffers import SecondMoment
+from .core.storage import DTYPE_PAIRS, DtypePair
 from .projections import Box, L1Ball, L2Ball, NonNegative, Simplex
 
 __all__ = ["QUICK_STEPS", "STEPS", "Case", "cases", "quick_cases"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buffers import BUFFERS, REQUIRED_KEYS, check_value
+from .core.buffers import BUFFERS, REQUIRED_KEYS, check_value
 from .distributed import is_sharded, local_part, moment_like, placed_as
 from .entries import is_frozen
 from .options import IMPLEMENTATION_OPTIONS, pair_of_betas

@@ -37,10 +37,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .buffers import BUFFERS, SecondMoment
+from .core.buffers import BUFFERS, SecondMoment
+from .core.scalars import StepInputs
 from .distributed import is_sharded, mark_like
 from .entries import is_frozen, prepare_state
-from .hyperparameters import StepInputs
 from .options import check_capturable
 from .projections import CoupledSet
 

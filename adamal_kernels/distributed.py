@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .coupled import multiplier_shape, multiplier_strides
-from .layout import empty_dense_like, same_layout
+from .core.layout import empty_dense_like, same_layout
+from .core.rows import multiplier_shape, multiplier_strides
 from .projections import CoupledSet
 
 if TYPE_CHECKING:

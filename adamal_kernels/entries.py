@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, pick
-from .bucket import BucketKey
-from .buffers import REQUIRED_KEYS, Buffer, buffers_of, check_value, held_buffers
-from .coupled import coupled_rows
+from .core.bucket import BucketKey
+from .core.buffers import REQUIRED_KEYS, Buffer, buffers_of, check_value, held_buffers
+from .core.layout import has_memory, overlapping_pair, same_layout
+from .core.rows import coupled_rows
+from .core.scalars import StepInputs
+from .core.storage import DTYPE_PAIRS, DtypePair, real_dtype
 from .distributed import (
     check_sharded_gradient,
     check_sharded_parameter,
@@ -27,9 +30,6 @@ from .distributed import (
     placed_as,
     splits_rows,
 )
-from .dtypes import DTYPE_PAIRS, DtypePair, real_dtype
-from .hyperparameters import StepInputs
-from .layout import has_memory, overlapping_pair, same_layout
 from .options import GroupOptions
 from .projections import CoupledSet
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import read_step
-from .hyperparameters import beta_power
+from .core.scalars import beta_power
 from .user_warning import warn_user
 
 __all__ = ["as_torch_adam"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .hyperparameters import StepInputs
+from .core.scalars import StepInputs
 from .options import check_capturable
 from .plan import Plan
 from .user_warning import warn_user

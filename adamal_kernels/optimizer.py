@@ -22,10 +22,11 @@ from torch.optim.optimizer import (
 from . import compiled, in_backward
 from .backends import BackendName
 from .checkpoint import feed_back_maxima, merge_groups, merge_state, packed
+from .core.scalars import StepInputs
+from .core.stats import WatchRecords
 from .distributed import check_process_group, is_flat_shard, zero_redundancy_optimizer
 from .entries import check_parameter, is_frozen
 from .foreign_checkpoints import as_torch_adam
-from .hyperparameters import StepInputs
 from .in_backward import InBackwardHandle, StepperInBackward
 from .options import (
     check_betas_of_one_kind,
@@ -38,7 +39,6 @@ from .options import (
 from .plan import Plan
 from .projections import Projection
 from .watch import Watch
-from .watch_records import WatchRecords
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .backends import check_request
-from .buffers import SecondMoment
-from .hyperparameters import StepOptions
+from .core.buffers import SecondMoment
+from .core.scalars import StepOptions
 from .projections import CoupledSet, Projection, is_known_set
 
 __all__ = [

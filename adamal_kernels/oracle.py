@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .buffers import SecondMoment
-from .coupled import inside_tolerance
+from .core.buffers import SecondMoment
+from .core.rows import inside_tolerance
 from .projections import CoupledSet, L1Ball, L2Ball, Simplex
 
 __all__ = ["TOLERANCES", "Oracle", "OracleOptions", "Tolerance", "is_within", "nearest_point"]

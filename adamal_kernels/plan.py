@@ -15,9 +15,14 @@ from torch import Tensor
 from .backends import FUSED, Backend
 from .backends.native import NativeBackend
 from .backends.planned import PlannedBackend
-from .bucket import Bucket, BucketKey, DeviceScalars
-from .buffers import buffers_of
-from .coupled import coupled_rows
+from .core.bucket import Bucket, BucketKey, DeviceScalars
+from .core.buffers import buffers_of
+from .core.layout import empty_dense_like, is_dense, overlapping_pair, same_layout
+from .core.norm import ordered_sum
+from .core.rounding import rounded_sqrt
+from .core.rows import coupled_rows
+from .core.scalars import StepInputs, derive_step_scalars, move_scalar
+from .core.stats import WatchRecords
 from .distributed import (
     FLAT_SHARD,
     is_only_process,
@@ -37,15 +42,10 @@ from .entries import (
     resting_entry,
     state_of,
 )
-from .gradient_norm import ordered_sum
-from .hyperparameters import StepInputs, derive_step_scalars, move_scalar
-from .layout import empty_dense_like, is_dense, overlapping_pair, same_layout
 from .options import GroupOptions
-from .rounding import rounded_sqrt
 from .split_rows import Stepped, project_split_rows
 from .steady_state import Binding, bind, bound_places
 from .unchanged import LastStep
-from .watch_records import WatchRecords
 
 __all__ = ["Plan"]
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from .backends.planned import PlannedBackend, bound_options, bound_rows
-from .bucket import BucketKey
 from .build_info import load_extension
-from .coupled import CoupledRows
+from .core.bucket import BucketKey
+from .core.rows import CoupledRows
+from .core.stats import WatchRecords
 from .distributed import local_part, sharded_class
 from .entries import is_shared
 from .options import GroupOptions
 from .projections import Projection
-from .watch_records import WatchRecords
 
 __all__ = ["Binding", "bind", "bound_places"]
 

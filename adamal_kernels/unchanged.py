@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .backends import Backend
-from .bucket import Bucket
-from .buffers import BUFFERS
+from .core.bucket import Bucket
+from .core.buffers import BUFFERS
+from .core.scalars import StepOptions, derive_step_scalars
 from .entries import Entry
-from .hyperparameters import StepOptions, derive_step_scalars
 from .options import GroupOptions
 
 __all__ = ["Found", "LastStep"]

@@ -18,8 +18,6 @@ from rich.progress import Progress
 from torch import Tensor
 
 from .backends import BACKENDS
-from .bucket import BucketKey
-from .buffers import SecondMoment
 from .cases import QUICK_STEPS, STEPS, Case, cases, quick_cases
 from .command_line import (
     JsonOutput,
@@ -30,6 +28,8 @@ from .command_line import (
     deadline,
     print_table,
 )
+from .core.bucket import BucketKey
+from .core.buffers import SecondMoment
 from .optimizer import Adam, AdamAL
 from .oracle import Oracle, OracleOptions, is_within
 from .projections import CoupledSet

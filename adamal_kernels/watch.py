@@ -16,11 +16,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from .core.stats import WORDS, Record, WatchRecords, unpacked
+from .core.storage import compute_dtype, real_dtype
 from .distributed import local_part, splits_rows
-from .dtypes import compute_dtype, real_dtype
 from .entries import is_frozen
 from .projections import CoupledSet, is_known_set
-from .watch_records import WORDS, Record, WatchRecords, unpacked
 
 if TYPE_CHECKING:
     from .optimizer import _AdamBase

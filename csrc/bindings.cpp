@@ -98,7 +98,7 @@ void check_rows_of(const at::Tensor& multiplier, const CoupledRows& rows, c10::D
               device);
 }
 
-// Binds the tensors of a bucket as adamal_kernels.bucket.Bucket holds it.
+// Binds the tensors of a bucket as adamal_kernels.core.bucket.Bucket holds it.
 void bind(Plan& plan, const Tensors& params, const std::vector<Tensors>& buffers,
           const std::vector<CoupledRows>& sets, const Tensors& records) {
   check_same_length(Buffer::count, buffers.size(), "buffers");

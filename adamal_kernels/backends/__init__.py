@@ -1,7 +1,7 @@
 """The registry of backends, and the choice among them.
 
-A backend sees buckets of plain tensors and scalars (:mod:`adamal_kernels.bucket`): no groups, no
-options, no environment. It is one module and one line in :data:`BACKENDS`.
+A backend sees buckets of plain tensors and scalars (:mod:`adamal_kernels.core.bucket`): no groups,
+no options, no environment. It is one module and one line in :data:`BACKENDS`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from ..bucket import Bucket, BucketKey
+from ..core.bucket import Bucket, BucketKey
 from ..user_warning import warn_user
 from .foreach import ForeachBackend
 from .native import CpuBackend, CudaBackend
@@ -47,7 +47,7 @@ class Backend(Protocol):
         """Return the sum of squares of the bucket's gradients, of which alone it has any yet.
 
         A float64 scalar on the bucket's device, added in the order of
-        :mod:`adamal_kernels.gradient_norm`.
+        :mod:`adamal_kernels.core.norm`.
         """
 
     def watched_elements(self, key: BucketKey) -> int | None:

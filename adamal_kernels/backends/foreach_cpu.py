@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bucket import Bucket
-from ..buffers import SecondMoment
-from ..dtypes import compute_dtype
-from ..hyperparameters import StepScalars
+from ..core.bucket import Bucket
+from ..core.buffers import SecondMoment
+from ..core.scalars import StepScalars
+from ..core.storage import compute_dtype
 
 __all__ = ["step_in_pieces"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..bucket import BucketKey
 from ..build_info import extension_record, load_extension
-from ..dtypes import DTYPE_PAIRS
+from ..core.bucket import BucketKey
+from ..core.storage import DTYPE_PAIRS
 from .planned import PlannedBackend, why_not_importable
 
 __all__ = ["CpuBackend", "CudaBackend", "NativeBackend"]

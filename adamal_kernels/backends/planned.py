@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import build_info
-from ..bucket import Bucket, BucketKey, DeviceScalars
 from ..build_info import load_extension
-from ..coupled import CoupledRows
-from ..dtypes import compute_dtype
-from ..gradient_norm import squared_norm
-from ..hyperparameters import StepOptions
+from ..core.bucket import Bucket, BucketKey, DeviceScalars
+from ..core.norm import squared_norm
+from ..core.rows import CoupledRows
+from ..core.scalars import StepOptions
+from ..core.storage import compute_dtype
 
 __all__ = ["PlannedBackend", "bound_options", "bound_rows", "why_not_importable"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..bucket import Bucket, BucketKey
-from ..buffers import SecondMoment
-from ..coupled import project_bucket
-from ..dtypes import DTYPE_PAIRS, compute_dtype
-from ..gradient_norm import squared_norm
-from ..hyperparameters import StepScalars
-from ..rounding import rounded_sqrt
-from ..watch_records import record_steps
+from ..core.bucket import Bucket, BucketKey
+from ..core.buffers import SecondMoment
+from ..core.norm import squared_norm
+from ..core.rounding import rounded_sqrt
+from ..core.rows import project_bucket
+from ..core.scalars import StepScalars
+from ..core.stats import record_steps
+from ..core.storage import DTYPE_PAIRS, compute_dtype
 from .device_scalars import device_rows
 
 __all__ = ["ReferenceBackend"]

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..bucket import BucketKey
 from ..build_info import load_extension
-from ..dtypes import DTYPE_PAIRS
+from ..core.bucket import BucketKey
+from ..core.storage import DTYPE_PAIRS
 from .planned import PlannedBackend, why_not_importable
 from .triton_plan import PythonPlan
 

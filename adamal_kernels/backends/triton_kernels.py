@@ -15,10 +15,10 @@ from triton.language.extra import libdevice
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
-from ..bucket import BucketKey
-from ..buffers import SecondMoment
-from ..dtypes import compute_dtype
-from ..hyperparameters import StepScalars
+from ..core.bucket import BucketKey
+from ..core.buffers import SecondMoment
+from ..core.scalars import StepScalars
+from ..core.storage import compute_dtype
 from .triton_plan import TENSOR_WORDS
 
 __all__ = [

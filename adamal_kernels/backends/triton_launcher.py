@@ -17,9 +17,9 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ..bucket import BucketKey
-from ..dtypes import compute_dtype
-from ..hyperparameters import StepScalars
+from ..core.bucket import BucketKey
+from ..core.scalars import StepScalars
+from ..core.storage import compute_dtype
 from . import triton_kernels, triton_norm, triton_scalars, triton_watch
 from .triton_plan import TENSOR_WORDS
 from .triton_projection import ProjectionTables, prepare_projection, projection_tables

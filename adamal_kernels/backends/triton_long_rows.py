@@ -16,9 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..bucket import BucketKey
-from ..dtypes import compute_dtype
-from ..gradient_norm import LANES, chunk_elements
+from ..core.bucket import BucketKey
+from ..core.norm import LANES, chunk_elements
+from ..core.storage import compute_dtype
 from . import triton_rows
 from .triton_rows import (
     Tile,

@@ -1,4 +1,4 @@
-"""The Triton twin of ``csrc/formula/norm.h``: squares added in the order of ``gradient_norm.py``.
+"""The Triton twin of ``csrc/formula/norm.h``: squares added in the order of ``core/norm.py``.
 
 Importing this imports Triton, which is slow: :mod:`.triton` does so on first use.
 """
@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..bucket import BucketKey
-from ..dtypes import compute_dtype
-from ..gradient_norm import LANES, chunk_elements
+from ..core.bucket import BucketKey
+from ..core.norm import LANES, chunk_elements
+from ..core.storage import compute_dtype
 from .triton_kernels import BLOCK, DTYPES, elements
 from .triton_plan import TENSOR_WORDS
 

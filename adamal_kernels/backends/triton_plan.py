@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..bucket import BucketKey
-from ..buffers import BUFFERS
-from ..coupled import MOST_RUNS, CoupledRows
-from ..dtypes import compute_dtype
-from ..hyperparameters import StepOptions, StepScalars
+from ..core.bucket import BucketKey
+from ..core.buffers import BUFFERS
+from ..core.rows import MOST_RUNS, CoupledRows
+from ..core.scalars import StepOptions, StepScalars
+from ..core.storage import compute_dtype
 
 if TYPE_CHECKING:
     from .triton_launcher import Launcher
@@ -51,7 +51,7 @@ class SetEntry(NamedTuple):
     """A row of the kernels' ``sets`` table, 8 bytes each: a tensor's set, and how its rows lie.
 
     What follows it there is ``MOST_RUNS`` sizes and as many strides of ``kept``, and the same of
-    ``reduced``, of :class:`adamal_kernels.coupled.CoupledRows`.
+    ``reduced``, of :class:`adamal_kernels.core.rows.CoupledRows`.
     """
 
     kind: int
@@ -70,7 +70,7 @@ SET_WORDS = len(SetEntry._fields) + 4 * MOST_RUNS
 class ScalarSource(NamedTuple):
     """What the scalars of a step on the device are derived from, besides options; 8 bytes each.
 
-    Addresses are 0 where there is nothing: see :class:`adamal_kernels.hyperparameters.StepInputs`.
+    Addresses are 0 where there is nothing: see :class:`adamal_kernels.core.scalars.StepInputs`.
     """
 
     tensor_count: int
@@ -169,7 +169,7 @@ class PythonPlan:
             scalar_tensors: for each of them, what stands instead of lr, beta1 and beta2.
             rows: of each tensor.
             counts: float32, the steps each tensor has taken.
-            grad_scale: as all that follow in :class:`adamal_kernels.hyperparameters.StepInputs`.
+            grad_scale: as all that follow in :class:`adamal_kernels.core.scalars.StepInputs`.
             found_inf: see there.
             grad_norm: see there.
             max_grad_norm: see there.

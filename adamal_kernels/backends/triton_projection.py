@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..bucket import BucketKey
-from ..gradient_norm import chunk_elements
+from ..core.bucket import BucketKey
+from ..core.norm import chunk_elements
 from . import triton_long_rows, triton_rows
 from .triton_plan import SetEntry
 

@@ -1,7 +1,7 @@
 """The Triton kernel that projects rows onto sets which couple their elements.
 
 It follows the step and reads what that stored: a row is projected in the metric ``diag(d)`` of the
-step's second moment. Sums are in the order of ``gradient_norm.py``; the arithmetic is that of
+step's second moment. Sums are in the order of ``core/norm.py``; the arithmetic is that of
 :mod:`.triton_sets`. A program takes one row, or several short ones; those too long for one are
 :mod:`.triton_long_rows`'. Importing this imports Triton, which is slow: :mod:`.triton` does so on
 first use.
@@ -19,12 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..bucket import BucketKey
-from ..buffers import SecondMoment
-from ..coupled import MOST_RUNS
-from ..dtypes import compute_dtype
-from ..gradient_norm import chunk_elements
-from ..hyperparameters import StepScalars
+from ..core.bucket import BucketKey
+from ..core.buffers import SecondMoment
+from ..core.norm import chunk_elements
+from ..core.rows import MOST_RUNS
+from ..core.scalars import StepScalars
+from ..core.storage import compute_dtype
 from .triton_kernels import DTYPES, ROWS_HEADER, divide, sqrt
 from .triton_plan import SET_WORDS, TENSOR_WORDS, SetEntry
 from .triton_sets import (
@@ -71,8 +71,8 @@ class Tile(NamedTuple):
     """How a program walks over rows: ``width`` elements of so many rows at a time.
 
     Each row's parts are added to as many lanes in turn, and lanes by the tree. With one part a
-    lane, all of it is one tree, as the order of sums has it for up to ``gradient_norm.LANES``
-    chunks; with chunks for parts, ``gradient_norm.LANES`` lanes are right for any length.
+    lane, all of it is one tree, as the order of sums has it for up to ``norm.LANES``
+    chunks; with chunks for parts, ``norm.LANES`` lanes are right for any length.
     """
 
     rows: int

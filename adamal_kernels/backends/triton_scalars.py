@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..hyperparameters import COUNT_BITS, StepScalars
+from ..core.scalars import COUNT_BITS, StepScalars
 from .triton_kernels import ROWS_HEADER
 from .triton_plan import OptionEntry, ScalarSource
 
@@ -51,7 +51,7 @@ def _number(number, address, mask):
 
 @triton.jit
 def _beta_power(beta, exponent):
-    """Twin of ``hyperparameters.beta_power``: the same products in the same order."""
+    """Twin of ``scalars.beta_power``: the same products in the same order."""
     result = tl.full(beta.shape, 1.0, tl.float64)
     square = beta
     for bit in tl.static_range(_COUNT_BITS):
@@ -62,7 +62,7 @@ def _beta_power(beta, exponent):
 
 @triton.jit
 def _gradient_factor(source):
-    """Twin of ``hyperparameters.gradient_factor``; the second result tells a step not skipped."""
+    """Twin of ``scalars.gradient_factor``; the second result tells a step not skipped."""
     factor = 1.0 / _float32_at(tl.load(source + 2), 1.0)
     taken = _float32_at(tl.load(source + 3), 0.0) == 0
     address = tl.load(source + 4)

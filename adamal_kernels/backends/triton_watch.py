@@ -10,7 +10,7 @@ import math
 import triton
 import triton.language as tl
 
-from ..watch_records import WORDS
+from ..core.stats import WORDS
 from .triton_kernels import BLOCK, divide, multiply, sqrt, step_item
 
 __all__ = ["watched_step_kernel"]
@@ -53,7 +53,7 @@ def watched_step_kernel(
     """Step as :func:`.step_kernel` does, and record what it came to.
 
     ``records`` are int64, for each tensor the address of its items' records
-    (:class:`adamal_kernels.watch_records.Record`), in the order of its blocks.
+    (:class:`adamal_kernels.core.stats.Record`), in the order of its blocks.
     """
     before, after, count, row = step_item(
         tensors,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..backends import BACKENDS, FUSED
-from ..dtypes import compute_dtype
+from ..core.storage import compute_dtype
 from ..optimizer import AdamAL
 from .cases import Shape
 

@@ -13,9 +13,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ..buffers import SecondMoment
 from ..cases import cases
-from ..dtypes import DtypePair, compute_dtype
+from ..core.buffers import SecondMoment
+from ..core.storage import DtypePair, compute_dtype
 from ..verify import different_values, outside_tolerance, run_case, run_oracle
 from .cases import BenchCase, Room, Shape
 from .contenders import BASELINE, Contender, Entrant, first_line

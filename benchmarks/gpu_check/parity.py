@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 
 from adamal_kernels.backends import BACKENDS
-from adamal_kernels.bucket import BucketKey
-from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.cases import STEPS, Case, cases
-from adamal_kernels.dtypes import DTYPE_PAIRS
+from adamal_kernels.core.bucket import BucketKey
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.storage import DTYPE_PAIRS
 from adamal_kernels.verify import Values, different_values, run_case
 
 from ..paper.workers import run_jobs

@@ -11,7 +11,7 @@ namespace adamal {
 enum class BufferShape { parameter, rows };
 enum class BufferNeeds { nothing, amsgrad, row_set };
 
-// In the order of BUFFERS in adamal_kernels/buffers.py.
+// In the order of BUFFERS in adamal_kernels/core/buffers.py.
 #define ADAMAL_BUFFERS(X)               \
   X(exp_avg, parameter, nothing)        \
   X(exp_avg_sq, parameter, nothing)     \

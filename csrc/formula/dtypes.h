@@ -1,4 +1,4 @@
-// The storage types and the pairs of them a step can read; the twin of adamal_kernels/dtypes.py.
+// The storage types and the pairs of them a step can read; the twin of adamal_kernels/core/storage.py.
 #pragma once
 
 #include <cstdint>

@@ -24,7 +24,7 @@ enum class SecondMoment { monotone = 0, plain = 1, amsgrad = 2 };
 inline constexpr int kSecondMomentCount = 3;
 
 // One row of a bucket's scalar table. Fields and their order are those of
-// adamal_kernels.hyperparameters.StepScalars, which says what each means.
+// adamal_kernels.core.scalars.StepScalars, which says what each means.
 template <typename T>
 struct StepScalars {
   T one_minus_beta1;

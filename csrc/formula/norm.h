@@ -1,4 +1,4 @@
-// The sum of squares of gradients, in the one order of adamal_kernels/gradient_norm.py.
+// The sum of squares of gradients, in the one order of adamal_kernels/core/norm.py.
 //
 // A tensor's squares are cut into chunks, each added by a binary tree of neighbours; lanes add the
 // chunks' sums in turn, and the same tree adds the lanes. Zeros past an end change no sum.

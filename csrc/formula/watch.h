@@ -12,7 +12,7 @@
 namespace adamal {
 
 // Of one work item, which alone reads and writes it. Values of the compute type are held as
-// float64. The twin of adamal_kernels.watch_records.Record, which says what each field means.
+// float64. The twin of adamal_kernels.core.stats.Record, which says what each field means.
 struct ItemRecord {
   int64_t steps;
   int64_t steps_since_growth;

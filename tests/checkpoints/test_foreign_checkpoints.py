@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adamal_kernels import Adam, AdamAL, AdamALW, AdamW
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
 from adamal_kernels.verify import different_values
 
 FOREACH = {"backend": "foreach"}

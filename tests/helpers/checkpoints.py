@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
 
 
 def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:

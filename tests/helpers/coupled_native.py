@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from adamal_kernels import L1Ball, L2Ball
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.coupled import coupled_rows
-from adamal_kernels.dtypes import DTYPE_PAIRS, compute_dtype
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.rows import coupled_rows
+from adamal_kernels.core.storage import DTYPE_PAIRS, compute_dtype
 from adamal_kernels.projections import CoupledSet
 from helpers.native_harness import (
     STREAMS,

@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.dtypes import DTYPE_PAIRS, compute_dtype
-from adamal_kernels.gradient_norm import squared_norm
-from adamal_kernels.hyperparameters import StepOptions, derive_step_scalars, gradient_factor
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.norm import squared_norm
+from adamal_kernels.core.scalars import StepOptions, derive_step_scalars, gradient_factor
+from adamal_kernels.core.storage import DTYPE_PAIRS, compute_dtype
 from helpers.native_harness import Command, DeviceCase, Harness, StepCase, TensorCase
 from helpers.native_walk import check, encoded, make_tensor
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adamal_kernels.coupled import CoupledRows
-from adamal_kernels.hyperparameters import StepOptions, StepScalars
+from adamal_kernels.core.rows import CoupledRows
+from adamal_kernels.core.scalars import StepOptions, StepScalars
 from helpers.native_programs import BUILD_DIR, CSRC, PROGRAMS, Command, Program, built
 
 Array = npt.NDArray[Any]

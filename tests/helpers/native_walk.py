@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
-from adamal_kernels.hyperparameters import StepOptions, StepScalars, derive_step_scalars
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.scalars import StepOptions, StepScalars, derive_step_scalars
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair, compute_dtype
 from helpers.native_harness import (
     STREAMS,
     Harness,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from adamal_kernels import L1Ball, L2Ball, Simplex
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.coupled import coupled_rows, project, project_rows
-from adamal_kernels.dtypes import DTYPE_PAIRS, compute_dtype
-from adamal_kernels.hyperparameters import StepScalars
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.rows import coupled_rows, project, project_rows
+from adamal_kernels.core.scalars import StepScalars
+from adamal_kernels.core.storage import DTYPE_PAIRS, compute_dtype
 from helpers.device_kernels import expected_case
 from helpers.native_harness import DeviceCase, Harness, SetCase, StepCase, TensorCase
 from helpers.native_walk import differing, expected_tensor, make_scalars, make_tensor

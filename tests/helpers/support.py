@@ -11,10 +11,10 @@ import torch
 from torch.optim import Optimizer
 
 from adamal_kernels.backends import BACKENDS
-from adamal_kernels.bucket import BucketKey
-from adamal_kernels.buffers import SecondMoment
+from adamal_kernels.core.bucket import BucketKey
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.storage import DtypePair
 from adamal_kernels.distributed import local_part
-from adamal_kernels.dtypes import DtypePair
 from adamal_kernels.verify import devices, same_bits
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from adamal_kernels.bucket import BucketKey
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
+from adamal_kernels.core.bucket import BucketKey
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair, compute_dtype
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402

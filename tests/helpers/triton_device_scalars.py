@@ -17,11 +17,11 @@ from torch import Tensor
 from adamal_kernels import AdamAL, Box
 from adamal_kernels import backends as registry
 from adamal_kernels.backends.reference import ReferenceBackend
-from adamal_kernels.bucket import BucketKey, DeviceScalars
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.dtypes import DtypePair, compute_dtype
-from adamal_kernels.gradient_norm import chunk_elements
-from adamal_kernels.hyperparameters import StepInputs, StepOptions
+from adamal_kernels.core.bucket import BucketKey, DeviceScalars
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.norm import chunk_elements
+from adamal_kernels.core.scalars import StepInputs, StepOptions
+from adamal_kernels.core.storage import DtypePair, compute_dtype
 from adamal_kernels.verify import different_values, same_bits
 from helpers.triton_interpreter import (
     BACKENDS,

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from adamal_kernels import L2Ball
-from adamal_kernels.bucket import Bucket, BucketKey, DeviceScalars
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.coupled import coupled_rows
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
-from adamal_kernels.hyperparameters import StepOptions, derive_step_scalars
-from adamal_kernels.watch_records import WORDS
+from adamal_kernels.core.bucket import Bucket, BucketKey, DeviceScalars
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.rows import coupled_rows
+from adamal_kernels.core.scalars import StepOptions, derive_step_scalars
+from adamal_kernels.core.stats import WORDS
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair, compute_dtype
 
 BLOCK = 1024
 GRID = (5, 1, 1)

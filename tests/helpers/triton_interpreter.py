@@ -22,10 +22,10 @@ from adamal_kernels import Adam, AdamAL
 from adamal_kernels.backends.reference import ReferenceBackend
 from adamal_kernels.backends.triton import TritonBackend
 from adamal_kernels.backends.triton_plan import TensorEntry, tensor_table
-from adamal_kernels.bucket import Bucket, BucketKey
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.dtypes import DtypePair, compute_dtype
-from adamal_kernels.hyperparameters import StepOptions, derive_step_scalars
+from adamal_kernels.core.bucket import Bucket, BucketKey
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.scalars import StepOptions, derive_step_scalars
+from adamal_kernels.core.storage import DtypePair, compute_dtype
 from adamal_kernels.verify import same_bits
 from helpers.strange_moments import watch_strange_moments
 

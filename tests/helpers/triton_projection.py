@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from adamal_kernels import Adam, AdamAL, L1Ball, L2Ball, Simplex
-from adamal_kernels.bucket import BucketKey
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.coupled import coupled_rows
-from adamal_kernels.dtypes import DtypePair
-from adamal_kernels.gradient_norm import LANES, row_sums
-from adamal_kernels.hyperparameters import StepOptions, derive_step_scalars
+from adamal_kernels.core.bucket import BucketKey
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.norm import LANES, row_sums
+from adamal_kernels.core.rounding import rounded_sqrt
+from adamal_kernels.core.rows import coupled_rows
+from adamal_kernels.core.scalars import StepOptions, derive_step_scalars
+from adamal_kernels.core.storage import DtypePair
 from adamal_kernels.projections import CoupledSet
-from adamal_kernels.rounding import rounded_sqrt
 from adamal_kernels.verify import different_values, same_bits
 from helpers.triton_device_scalars import planned_by
 from helpers.triton_interpreter import CPU

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.dtypes import DTYPE_PAIRS, compute_dtype
-from adamal_kernels.hyperparameters import StepScalars
-from adamal_kernels.watch_records import WORDS, Record, record_steps, unpacked
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.scalars import StepScalars
+from adamal_kernels.core.stats import WORDS, Record, record_steps, unpacked
+from adamal_kernels.core.storage import DTYPE_PAIRS, compute_dtype
 from helpers.native_harness import Array, Command, Harness, StepCase, TensorCase
 from helpers.native_walk import check, expected_tensor, make_scalars, make_tensor
 

@@ -15,11 +15,11 @@ from helpers.support import PLACES, Place, name_of
 from adamal_kernels import info
 from adamal_kernels.backends import BACKENDS, native, pick
 from adamal_kernels.backends.foreach import ForeachBackend
-from adamal_kernels.bucket import BucketKey
-from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.build_info import ExtensionRecord, extension_record
 from adamal_kernels.cases import Case, cases
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.bucket import BucketKey
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
 from adamal_kernels.verify import (
     Values,
     different_values,

@@ -39,9 +39,9 @@ from helpers.native_harness import (
 from helpers.native_walk import ROWS, decoded, differing, make_scalars, make_tensor
 
 from adamal_kernels import L1Ball, L2Ball, Simplex
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.coupled import coupled_rows
-from adamal_kernels.dtypes import DTYPE_PAIRS
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.rows import coupled_rows
+from adamal_kernels.core.storage import DTYPE_PAIRS
 from adamal_kernels.oracle import TOLERANCES, nearest_point
 from adamal_kernels.projections import CoupledSet
 

@@ -21,8 +21,8 @@ from helpers.machine_code import (
     rounded_arithmetic,
 )
 
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair, compute_dtype
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 STEP_ARCHS = ("sm_75", *ARCHS, "sm_120")  # all that setup.py names; each takes minutes

@@ -18,8 +18,8 @@ from helpers.device_kernels import (
 from helpers.native_harness import Command, DeviceCase, Harness
 from helpers.native_programs import CSRC
 
-from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.build_config import source_files
+from adamal_kernels.core.buffers import SecondMoment
 
 
 def test_what_the_kernels_ask_of_the_cuda_runtime() -> None:

@@ -27,21 +27,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamal_kernels import Adam, AdamAL, Box
 from adamal_kernels.backends import BACKENDS
-from adamal_kernels.bucket import Bucket, BucketKey, DeviceScalars
-from adamal_kernels.buffers import SecondMoment
 from adamal_kernels.cases import Case, cases
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
-from adamal_kernels.gradient_norm import ordered_sum
-from adamal_kernels.hyperparameters import (
+from adamal_kernels.core.bucket import Bucket, BucketKey, DeviceScalars
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.norm import ordered_sum
+from adamal_kernels.core.scalars import (
     StepInputs,
     StepOptions,
     beta_power,
     derive_step_scalars,
     gradient_factor,
 )
+from adamal_kernels.core.stats import WORDS
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
 from adamal_kernels.options import check_capturable
 from adamal_kernels.verify import Values, different_values, run_case, same_bits
-from adamal_kernels.watch_records import WORDS
 
 __all__ = ["checked", "new_pair"]  # fixtures
 

@@ -38,8 +38,8 @@ from helpers.native_walk import (
     tiny_tensors,
 )
 
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
 
 # By code in csrc/formula/dtypes.h.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -26,7 +26,7 @@ from helpers.projection_blocks import (
     check_short_rows,
 )
 
-from adamal_kernels.buffers import SecondMoment
+from adamal_kernels.core.buffers import SecondMoment
 
 COUNTS = np.array([0, 3, 1000, 7, 2**24], np.float32)
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from helpers.machine_code import loads_in_flight, parse_code
 
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.dtypes import DtypePair
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.storage import DtypePair
 
 triton = pytest.importorskip("triton")
 

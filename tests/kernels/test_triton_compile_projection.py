@@ -26,9 +26,9 @@ from helpers.triton_compiling import (  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from adamal_kernels.backends import triton_kernels, triton_long_rows, triton_rows  # noqa: E402
-from adamal_kernels.bucket import BucketKey  # noqa: E402
-from adamal_kernels.buffers import SecondMoment  # noqa: E402
-from adamal_kernels.dtypes import DtypePair, compute_dtype  # noqa: E402
+from adamal_kernels.core.bucket import BucketKey  # noqa: E402
+from adamal_kernels.core.buffers import SecondMoment  # noqa: E402
+from adamal_kernels.core.storage import DtypePair, compute_dtype  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     triton_kernels.interpreted() is not False, reason="TRITON_INTERPRET is set"

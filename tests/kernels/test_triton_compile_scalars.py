@@ -30,9 +30,9 @@ from helpers.triton_compiling import (
 from triton.backends.compiler import GPUTarget
 
 from adamal_kernels.backends import triton_kernels, triton_norm, triton_scalars
-from adamal_kernels.bucket import BucketKey
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.dtypes import DtypePair, compute_dtype
+from adamal_kernels.core.bucket import BucketKey
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.storage import DtypePair, compute_dtype
 
 pytestmark = pytest.mark.skipif(
     triton_kernels.interpreted() is not False, reason="TRITON_INTERPRET is set"

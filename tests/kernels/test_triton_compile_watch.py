@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from adamal_kernels.bucket import BucketKey
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.dtypes import DtypePair, compute_dtype
+from adamal_kernels.core.bucket import BucketKey
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.storage import DtypePair, compute_dtype
 
 triton = pytest.importorskip("triton")
 

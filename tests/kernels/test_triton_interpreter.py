@@ -21,10 +21,10 @@ from helpers.triton_interpreter import BLOCK, STREAMS, VARIANTS, Shape
 
 from adamal_kernels import L2Ball, Simplex
 from adamal_kernels.backends.triton import TritonBackend
-from adamal_kernels.bucket import BucketKey
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
-from adamal_kernels.gradient_norm import LANES, chunk_elements
+from adamal_kernels.core.bucket import BucketKey
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.norm import LANES, chunk_elements
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 

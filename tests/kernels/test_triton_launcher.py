@@ -12,7 +12,7 @@ import pytest
 from helpers import triton_driver as checks
 from helpers.support import name_of
 
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 

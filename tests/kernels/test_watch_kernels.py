@@ -16,7 +16,7 @@ from helpers.watch_kernels import (
     made,
 )
 
-from adamal_kernels.buffers import SecondMoment
+from adamal_kernels.core.buffers import SecondMoment
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from helpers.machine_code import (
     rounded_arithmetic,
 )
 
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.dtypes import DTYPE_PAIRS
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.storage import DTYPE_PAIRS
 
 pytestmark = needs_nvcc
 

@@ -13,7 +13,7 @@ from helpers.support import Place, name_of
 from torch import Tensor
 
 from adamal_kernels import Adam, AdamAL, Box, NonNegative
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
 from adamal_kernels.oracle import TOLERANCES, is_within
 from adamal_kernels.verify import same_bits
 

@@ -15,8 +15,8 @@ from helpers.support import Place, name_of
 from torch import Tensor
 
 from adamal_kernels import AdamAL
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair, compute_dtype
-from adamal_kernels.gradient_norm import LANES, chunk_elements, squared_norm
+from adamal_kernels.core.norm import LANES, chunk_elements, squared_norm
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair, compute_dtype
 from adamal_kernels.verify import same_bits
 
 # About a chunk of either compute type, and about a work item of the CPU's.

@@ -18,10 +18,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from adamal_kernels import Adam, AdamAL, AdamALW, AdamW, Box
 from adamal_kernels.backends import BACKENDS
-from adamal_kernels.bucket import Bucket, BucketKey, DeviceScalars
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
-from adamal_kernels.hyperparameters import StepInputs, StepOptions
+from adamal_kernels.core.bucket import Bucket, BucketKey, DeviceScalars
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.scalars import StepInputs, StepOptions
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
 from adamal_kernels.plan import Plan
 from adamal_kernels.verify import different_values, same_bits
 

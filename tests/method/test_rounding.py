@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamal_kernels.rounding import rounded_sqrt
+from adamal_kernels.core.rounding import rounded_sqrt
 
 _TYPES = {torch.float32: (np.uint32, 8, 23), torch.float64: (np.uint64, 11, 52)}
 FLOATS = pytest.mark.parametrize("dtype", _TYPES, ids=str)

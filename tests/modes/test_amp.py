@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import adamal_kernels
 from adamal_kernels import Box
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
 from adamal_kernels.verify import different_values, same_bits
 
 Adam, AdamAL, AdamALW, AdamW = (

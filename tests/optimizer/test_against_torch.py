@@ -12,8 +12,8 @@ from helpers.support import Place
 from torch import Tensor
 
 import adamal_kernels
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.dtypes import DtypePair
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.storage import DtypePair
 
 STEPS = 10
 SHAPES = ((), (1,), (0,), (7,), (3, 5), (2, 3, 4, 5), (4099,))

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from adamal_kernels import Adam, AdamAL, AdamALW, Box, NonNegative
 from adamal_kernels.backends import BACKENDS, FUSED, check_request, pick
-from adamal_kernels.bucket import BucketKey
-from adamal_kernels.buffers import SecondMoment
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.bucket import BucketKey
+from adamal_kernels.core.buffers import SecondMoment
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
 from adamal_kernels.verify import same_bits
 
 BIG = 10**400  # a number, and beyond every float

@@ -11,7 +11,7 @@ import pytest
 from helpers.error_bounds import UNIT, error_bound
 from helpers.property_testing import given, st
 
-from adamal_kernels.hyperparameters import StepOptions, StepScalars, beta_power, derive_step_scalars
+from adamal_kernels.core.scalars import StepOptions, StepScalars, beta_power, derive_step_scalars
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999, 1 - UNIT)
 

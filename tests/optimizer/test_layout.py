@@ -11,7 +11,7 @@ from helpers.support import Place, refused
 from torch import Tensor, nn
 
 from adamal_kernels import AdamAL
-from adamal_kernels.layout import overlapping_pair
+from adamal_kernels.core.layout import overlapping_pair
 from adamal_kernels.verify import same_bits
 
 BASE = torch.arange(60.0)

@@ -12,9 +12,9 @@ from helpers.support import Place, name_of
 from torch import Tensor, nn
 
 from adamal_kernels import Adam, AdamAL, Box
-from adamal_kernels.buffers import BUFFERS, SecondMoment
 from adamal_kernels.build_info import load_extension
-from adamal_kernels.dtypes import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.buffers import BUFFERS, SecondMoment
+from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
 from adamal_kernels.verify import different_values, same_bits
 
 SHAPE = (2, 3, 4, 5)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from adamal_kernels import Adam, AdamAL
-from adamal_kernels.dtypes import DtypePair
+from adamal_kernels.core.storage import DtypePair
 from adamal_kernels.verify import same_bits
 
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1}

@@ -23,7 +23,7 @@ from helpers.between_workers import is_worker
 from helpers.forked_pytest import ROOT, run_pytest
 from helpers.native_harness import Command, Harness, HarnessError
 
-from adamal_kernels.buffers import SecondMoment
+from adamal_kernels.core.buffers import SecondMoment
 
 
 @dataclass(frozen=True)
@@ -350,7 +350,7 @@ BEYOND_THE_END = Fault(WALK, "if (i + kWidth <= chunk.count)", "if (i < chunk.co
 PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     "no bias correction": (
         Fault(
-            "adamal_kernels/hyperparameters.py",
+            "adamal_kernels/core/scalars.py",
             "bias2_sqrt = _sqrt(1.0 - beta_power(o.beta2, step))",
             "bias2_sqrt = 1.0",
         ),
@@ -405,7 +405,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
         "method/test_projections.py::test_upper_bound_examples",
     ),
     "a step with lr=0 projects": (
-        Fault("adamal_kernels/hyperparameters.py", "stands = o.lr == 0", "stands = o.lr < 0"),
+        Fault("adamal_kernels/core/scalars.py", "stands = o.lr == 0", "stands = o.lr < 0"),
         "method/test_algorithm1.py::test_lr_zero_does_not_project",
     ),
     "loaded moments are cast to the parameter's type": (

@@ -2,7 +2,7 @@
 
 The step stores the parameter as ever; what it stored is then projected in the metric ``diag(d)``.
 All is float64, in the order written here, and sums are added in that of
-:mod:`adamal_kernels.gradient_norm`; the twin is ``csrc/formula/sets.h``.
+:mod:`adamal_kernels.core.norm`; the twin is ``csrc/formula/sets.h``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .gradient_norm import chunk_elements, row_sums
-from .hyperparameters import StepScalars
+from ..projections import CoupledSet, L1Ball, L2Ball, Simplex
 from .layout import is_dense
-from .projections import CoupledSet, L1Ball, L2Ball, Simplex
+from .norm import chunk_elements, row_sums
 from .rounding import rounded_sqrt
+from .scalars import StepScalars
 
 if TYPE_CHECKING:
     from .bucket import Bucket

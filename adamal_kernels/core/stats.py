@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .hyperparameters import StepScalars, as_float64
 from .rounding import rounded_sqrt
+from .scalars import StepScalars, as_float64
 
 if TYPE_CHECKING:
-    from .backends import Backend
+    from ..backends import Backend
     from .bucket import BucketKey
 
 __all__ = ["WORDS", "Record", "WatchRecords", "record_steps"]

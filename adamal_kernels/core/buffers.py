@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .dtypes import compute_dtype, real_dtype
+from .storage import compute_dtype, real_dtype
 
 __all__ = [
     "BUFFERS",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .hyperparameters import move_scalar
+from .scalars import move_scalar
 
 __all__ = ["LANES", "chunk_elements", "ordered_sum", "row_sums", "squared_norm"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .buffers import BUFFERS, SecondMoment, buffers_of
-from .coupled import CoupledRows
-from .dtypes import DtypePair
-from .hyperparameters import StepInputs, StepOptions, StepScalars
+from .rows import CoupledRows
+from .scalars import StepInputs, StepOptions, StepScalars
+from .storage import DtypePair
 
 __all__ = ["Bucket", "BucketKey", "DeviceScalars"]
 
@@ -70,7 +70,7 @@ class Bucket:
     device_scalars: DeviceScalars | None = None
     """Instead of ``scalars`` where ``key.device_scalars``."""
     records: list[Tensor] = field(default_factory=list)
-    """Of each tensor's work items (:mod:`.watch_records`); empty where steps are not watched."""
+    """Of each tensor's work items (:mod:`.stats`); empty where steps are not watched."""
     workspace: dict[str, Any] = field(default_factory=dict)
     """Kept from step to step for the backend: pointer tables, compiled launchers."""
 
