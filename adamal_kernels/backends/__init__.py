@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..core.bucket import Bucket, BucketKey
 from ..user_warning import warn_user
-from .foreach import ForeachBackend
+from .eager.foreach import ForeachBackend
+from .eager.reference import ReferenceBackend
 from .native import CpuBackend, CudaBackend
-from .reference import ReferenceBackend
-from .triton import TritonBackend
+from .triton.backend import TritonBackend
 
 __all__ = [
     "BACKENDS",

@@ -10,10 +10,10 @@
 
 namespace adamal {
 
-// Steps through an adamal_kernels.backends.triton_launcher.Launcher. It is handed the tables when
+// Steps through an adamal_kernels.backends.triton.launcher.Launcher. It is handed the tables when
 // they change, and in every step the gradients' addresses and rows, and the scalars or what the
 // device derives them from, as one buffer.
-// The twin of adamal_kernels.backends.triton_plan.PythonPlan.
+// The twin of adamal_kernels.backends.triton.plan.PythonPlan.
 class TritonPlan : public Plan {
  public:
   TritonPlan(int pair, SecondMoment second_moment, c10::Device device, int64_t block,

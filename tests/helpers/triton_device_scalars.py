@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adamal_kernels import AdamAL, Box
 from adamal_kernels import backends as registry
-from adamal_kernels.backends.reference import ReferenceBackend
+from adamal_kernels.backends.eager.reference import ReferenceBackend
 from adamal_kernels.core.bucket import BucketKey, DeviceScalars
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.norm import chunk_elements
@@ -223,7 +223,7 @@ class Capture:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        from adamal_kernels.backends.triton_launcher import Launcher
+        from adamal_kernels.backends.triton.launcher import Launcher
 
         originals = (Launcher._is_capturing, Launcher._prepare, Launcher._upload)
         _, prepare, upload = originals
@@ -246,7 +246,7 @@ class Capture:
 
     @staticmethod
     def replay() -> None:
-        from adamal_kernels.backends.triton_launcher import _captured
+        from adamal_kernels.backends.triton.launcher import _captured
 
         packed, host_tables, _, tables, staged = _captured[-1]
         entries, aligned, others, projection, records = host_tables

@@ -111,18 +111,18 @@ def arguments(dtypes: DtypePair, *, aligned: bool = True) -> tuple[dict[str, Any
     """Return the constants and options of a step."""
     from triton.runtime import driver
 
-    from adamal_kernels.backends import triton_kernels
+    from adamal_kernels.backends.triton import element
 
     key = BucketKey(torch.device("cuda", 0), dtypes, SecondMoment.MONOTONE)
     target = driver.active.get_current_target()
-    constants = triton_kernels.constants(key, target, aligned=aligned)
-    return constants, triton_kernels.launch_options(target)
+    constants = element.constants(key, target, aligned=aligned)
+    return constants, element.launch_options(target)
 
 
 def check_same_launch(dtypes: DtypePair, aligned: bool, offset: int) -> None:
     """Check that a prepared launch is the one that ``kernel[grid]`` makes, on its own stream."""
-    from adamal_kernels.backends.triton_kernels import step_kernel
-    from adamal_kernels.backends.triton_launcher import prepare_launch
+    from adamal_kernels.backends.triton.element import step_kernel
+    from adamal_kernels.backends.triton.launcher import prepare_launch
 
     made = tables(dtypes, offset)
     constants, options = arguments(dtypes, aligned=aligned)
@@ -141,13 +141,13 @@ def kernels() -> set[str]:
     from triton.runtime.jit import JITFunction
 
     modules = (
-        *("triton_kernels", "triton_long_rows", "triton_norm", "triton_projection"),
-        *("triton_rows", "triton_scalars", "triton_sets", "triton_watch"),
+        *("element", "long_rows", "norm", "projection"),
+        *("rows", "scalars", "sets", "watch"),
     )
     return {
         name
         for module in modules
-        for name, value in vars(import_module(f"adamal_kernels.backends.{module}")).items()
+        for name, value in vars(import_module(f"adamal_kernels.backends.triton.{module}")).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel") and name[0] != "_"
     }
 
@@ -159,8 +159,9 @@ def check_every_kernel_launches_twice() -> None:
     """
     from triton.runtime import driver
 
-    from adamal_kernels.backends import triton_kernels, triton_launcher
-    from adamal_kernels.backends.triton import TritonBackend
+    from adamal_kernels.backends.triton import element
+    from adamal_kernels.backends.triton import launcher as triton_launcher
+    from adamal_kernels.backends.triton.backend import TritonBackend
 
     target = driver.active.get_current_target()
     launches: Counter[str] = Counter()
@@ -170,7 +171,7 @@ def check_every_kernel_launches_twice() -> None:
 
         def __init__(self, key: BucketKey) -> None:
             super().__init__(key)
-            self._options = triton_kernels.launch_options(target)
+            self._options = element.launch_options(target)
 
         def _prepare(self, kernel: Any, *args: Any) -> Callable[[int], None]:
             launch = super()._prepare(kernel, *args)
@@ -218,8 +219,8 @@ def check_every_kernel_launches_twice() -> None:
 
 def check_tables_are_specialized_for() -> None:
     """Check that tables which are no multiples of 16 get another kernel, not the promise."""
-    from adamal_kernels.backends.triton_kernels import step_kernel
-    from adamal_kernels.backends.triton_launcher import prepare_launch
+    from adamal_kernels.backends.triton.element import step_kernel
+    from adamal_kernels.backends.triton.launcher import prepare_launch
 
     constants, options = arguments(DTYPE_PAIRS[0])
     functions = {
@@ -236,8 +237,8 @@ def launches_by_run(version: str | None, warmup: Any = None) -> bool:
     """Whether a launch, prepared under a version of Triton, goes through ``kernel[grid]``."""
     import triton
 
-    from adamal_kernels.backends.triton_kernels import step_kernel
-    from adamal_kernels.backends.triton_launcher import prepare_launch
+    from adamal_kernels.backends.triton.element import step_kernel
+    from adamal_kernels.backends.triton.launcher import prepare_launch
 
     constants, options = arguments(DTYPE_PAIRS[0])
     installed, runs = triton.__version__, []

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from adamal_kernels import Adam, AdamAL
-from adamal_kernels.backends.reference import ReferenceBackend
-from adamal_kernels.backends.triton import TritonBackend
-from adamal_kernels.backends.triton_plan import TensorEntry, tensor_table
+from adamal_kernels.backends.eager.reference import ReferenceBackend
+from adamal_kernels.backends.triton.backend import TritonBackend
+from adamal_kernels.backends.triton.plan import TensorEntry, tensor_table
 from adamal_kernels.core.bucket import Bucket, BucketKey
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.scalars import StepOptions, derive_step_scalars
@@ -221,7 +221,7 @@ def check_zero_by_zero(dtypes: DtypePair, second_moment: SecondMoment) -> None:
 
 def check_far_block(dtypes: DtypePair) -> None:
     """Check a block beyond 2^31 elements: its tensors' bases are set back by as much."""
-    from adamal_kernels.backends import triton_kernels
+    from adamal_kernels.backends.triton import element
 
     key = BucketKey(CPU, dtypes, SecondMoment.MONOTONE)
     shapes = (Shape(BLOCK), Shape(37))
@@ -240,12 +240,12 @@ def check_far_block(dtypes: DtypePair) -> None:
         TensorEntry(base(p), chunk * BLOCK + p.numel(), (base(m), base(v), base(v), 0))
         for p, m, v in zip(bucket.params, *bucket.elementwise_buffers, strict=True)
     ]
-    triton_kernels.step_kernel[(len(shapes),)](
+    element.step_kernel[(len(shapes),)](
         tensor_table(entries),
         torch.tensor([(i, chunk) for i in range(len(shapes))], dtype=torch.int32),
         torch.tensor([(base(grad), 0) for grad in bucket.grads]),
         torch.tensor(bucket.scalars, dtype=compute_dtype(dtypes.param)),
-        **triton_kernels.constants(key, None, aligned=True),
+        **element.constants(key, None, aligned=True),
     )
     for name in ("param", "exp_avg", "exp_avg_sq"):
         found_stream, expected_stream = (streams_of(m.bucket)[name] for m in (ours, theirs))
@@ -265,9 +265,9 @@ class Launch(NamedTuple):
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Record the launches of plans that are made meanwhile."""
-    from adamal_kernels.backends import triton_kernels
+    from adamal_kernels.backends.triton import element
 
-    kernel, launches = triton_kernels.step_kernel, []
+    kernel, launches = element.step_kernel, []
 
     class Recorder:
         def __getitem__(self, grid: tuple[int, int, int]) -> Any:
@@ -278,11 +278,11 @@ def recorded() -> Iterator[list[Launch]]:
 
             return launch
 
-    triton_kernels.step_kernel = Recorder()
+    element.step_kernel = Recorder()
     try:
         yield launches
     finally:
-        triton_kernels.step_kernel = kernel
+        element.step_kernel = kernel
 
 
 class PythonPlanned(TritonBackend):
@@ -357,7 +357,7 @@ def check_tables(plan: str, dtypes: DtypePair) -> None:
 
 def check_streams(plan: str, dtypes: DtypePair) -> None:
     """Check that a step on another stream takes tables of its own, and stays right."""
-    from adamal_kernels.backends.triton_launcher import Launcher
+    from adamal_kernels.backends.triton.launcher import Launcher
 
     shapes = (Shape(40), Shape(9, misaligned="param"))
     ours, theirs = (
@@ -404,7 +404,7 @@ def check_more_rows_than_before(plan: str, dtypes: DtypePair) -> None:
 
 def check_failed_tables_are_handed_over_again(plan: str, dtypes: DtypePair) -> None:
     """Check that a step after one that ran out of memory takes the tables that one could not."""
-    from adamal_kernels.backends.triton_launcher import Launcher
+    from adamal_kernels.backends.triton.launcher import Launcher
 
     shapes = (Shape(40), Shape(9))
     made, expected = (
@@ -463,9 +463,9 @@ def check_alignment_in_the_steady_state() -> None:
 
 def check_python_work(groups: int) -> None:
     """Check that a bucket is one launch a step, and the calls made as many as for one tensor."""
-    from adamal_kernels.backends import triton_kernels
+    from adamal_kernels.backends.triton import element
 
-    kernel, grids = triton_kernels.step_kernel, []
+    kernel, grids = element.step_kernel, []
 
     class Counter:
         def __getitem__(self, grid: tuple[int, int, int]) -> Any:
@@ -495,11 +495,11 @@ def check_python_work(groups: int) -> None:
             assert grids == [(count, 1, 1)]
         return calls
 
-    triton_kernels.step_kernel = Counter()
+    element.step_kernel = Counter()
     try:
         many, one = calls_of_a_step(groups), calls_of_a_step(1)
     finally:
-        triton_kernels.step_kernel = kernel
+        element.step_kernel = kernel
     assert many == one
     assert "launch" in one
 

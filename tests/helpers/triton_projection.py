@@ -160,7 +160,9 @@ def check_wide(dtypes: DtypePair) -> None:
 @contextmanager
 def _long_from(length: int, evaluations: int) -> Iterator[Counter[str]]:
     """Have rows longer than ``length`` projected by launches, so often; count the launches."""
-    from adamal_kernels.backends import triton_launcher, triton_projection, triton_rows
+    from adamal_kernels.backends.triton import launcher as triton_launcher
+    from adamal_kernels.backends.triton import projection as triton_projection
+    from adamal_kernels.backends.triton import rows as triton_rows
 
     tiles = {most: tile for most, tile in triton_rows.TILES.items() if most < length}
     tiles[length] = triton_rows.TILES[max(triton_rows.TILES)]
@@ -212,8 +214,9 @@ def check_long(plan: str, dtypes: DtypePair, evaluations: int) -> None:
 
 def check_more_chunks_than_lanes() -> None:
     """Check the two sums of a row of more chunks than lanes: as launches and as a program do it."""
-    from adamal_kernels.backends import triton_long_rows, triton_rows
-    from adamal_kernels.backends.triton_plan import TensorEntry, set_table, tensor_table
+    from adamal_kernels.backends.triton import long_rows as triton_long_rows
+    from adamal_kernels.backends.triton import rows as triton_rows
+    from adamal_kernels.backends.triton.plan import TensorEntry, set_table, tensor_table
 
     float64 = DtypePair(torch.float64, torch.float64)
     key = BucketKey(CPU, float64, SecondMoment.MONOTONE, coupled=True)

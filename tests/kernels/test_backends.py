@@ -14,7 +14,7 @@ from helpers.support import PLACES, Place, name_of
 
 from adamal_kernels import info
 from adamal_kernels.backends import BACKENDS, native, pick
-from adamal_kernels.backends.foreach import ForeachBackend
+from adamal_kernels.backends.eager.foreach import ForeachBackend
 from adamal_kernels.build_info import ExtensionRecord, extension_record
 from adamal_kernels.cases import Case, cases
 from adamal_kernels.core.bucket import BucketKey

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adamal_kernels.plan
 from adamal_kernels import Adam, AdamAL, Box
-from adamal_kernels.backends import foreach_cpu
+from adamal_kernels.backends.eager import foreach_cpu
 from adamal_kernels.verify import same_bits
 
 PIECE = foreach_cpu._PER_THREAD * torch.get_num_threads()

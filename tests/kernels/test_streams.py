@@ -157,8 +157,8 @@ def test_triton_launches_the_compiled_kernel(place: Place, monkeypatch: pytest.M
     """And no longer asks which one."""
     if place.backend != "triton":
         pytest.skip("about Triton")
-    from adamal_kernels.backends.triton_kernels import step_kernel
-    from adamal_kernels.backends.triton_launcher import triton_version
+    from adamal_kernels.backends.triton.element import step_kernel
+    from adamal_kernels.backends.triton.launcher import triton_version
 
     if triton_version() > (3, 9):
         pytest.skip("later versions launch by kernel[grid]")

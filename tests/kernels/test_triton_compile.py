@@ -43,7 +43,7 @@ from helpers.triton_compiling import (  # noqa: E402
 from triton import language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from adamal_kernels.backends import triton_kernels  # noqa: E402
+from adamal_kernels.backends.triton import element  # noqa: E402
 
 pytestmark = not_interpreted
 
@@ -157,7 +157,7 @@ def test_gfx942(dtypes: DtypePair, second_moment: SecondMoment) -> None:
 def test_gfx942_fuses_only_inside_divisions_and_roots(second_moment: SecondMoment) -> None:
     step = compile_step(FLOAT32, second_moment, GFX942)
     pointers = {"source": "*fp32", "target": "*fp32"}
-    constants = {"BLOCK": triton_kernels.BLOCK}
+    constants = {"BLOCK": element.BLOCK}
     probe = compile_kernel(two_divisions_and_a_root, pointers, constants, GFX942)
     inside = fused_operations(probe.asm["amdgcn"])
     assert inside > 0
@@ -165,7 +165,7 @@ def test_gfx942_fuses_only_inside_divisions_and_roots(second_moment: SecondMomen
 
 
 def test_fusion_is_off_whatever_the_default() -> None:
-    assert triton_kernels.launch_options(SM90)["enable_fp_fusion"] is False
+    assert element.launch_options(SM90)["enable_fp_fusion"] is False
     kernel = compile_step(FLOAT32, SecondMoment.MONOTONE, SM90)
     assert kernel.metadata.enable_fp_fusion is False
 

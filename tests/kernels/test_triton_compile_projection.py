@@ -25,13 +25,15 @@ from helpers.triton_compiling import (  # noqa: E402
 )
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from adamal_kernels.backends import triton_kernels, triton_long_rows, triton_rows  # noqa: E402
+from adamal_kernels.backends.triton import element  # noqa: E402
+from adamal_kernels.backends.triton import long_rows as triton_long_rows  # noqa: E402
+from adamal_kernels.backends.triton import rows as triton_rows  # noqa: E402
 from adamal_kernels.core.bucket import BucketKey  # noqa: E402
 from adamal_kernels.core.buffers import SecondMoment  # noqa: E402
 from adamal_kernels.core.storage import DtypePair, compute_dtype  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    triton_kernels.interpreted() is not False, reason="TRITON_INTERPRET is set"
+    element.interpreted() is not False, reason="TRITON_INTERPRET is set"
 )
 
 _LONG: dict[str, dict[str, str]] = {

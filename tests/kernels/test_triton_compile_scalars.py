@@ -29,13 +29,15 @@ from helpers.triton_compiling import (
 )
 from triton.backends.compiler import GPUTarget
 
-from adamal_kernels.backends import triton_kernels, triton_norm, triton_scalars
+from adamal_kernels.backends.triton import element
+from adamal_kernels.backends.triton import norm as triton_norm
+from adamal_kernels.backends.triton import scalars as triton_scalars
 from adamal_kernels.core.bucket import BucketKey
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.storage import DtypePair, compute_dtype
 
 pytestmark = pytest.mark.skipif(
-    triton_kernels.interpreted() is not False, reason="TRITON_INTERPRET is set"
+    element.interpreted() is not False, reason="TRITON_INTERPRET is set"
 )
 
 CUDA_TARGETS = [SM80, SM90, SM100]

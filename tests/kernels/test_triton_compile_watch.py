@@ -17,7 +17,8 @@ triton = pytest.importorskip("triton")
 from helpers import triton_compiling as compiling  # noqa: E402
 from helpers.triton_compiling import FLOAT32, GFX942, SM80, SM90, SM100  # noqa: E402
 
-from adamal_kernels.backends import triton_kernels, triton_watch  # noqa: E402
+from adamal_kernels.backends.triton import element  # noqa: E402
+from adamal_kernels.backends.triton import watch as triton_watch  # noqa: E402
 
 pytestmark = compiling.not_interpreted
 
@@ -33,7 +34,7 @@ def compile_watched(
     dtypes: DtypePair, second_moment: SecondMoment, target: object, *, device_scalars: bool = False
 ) -> object:
     key = BucketKey(torch.device("cuda", 0), dtypes, second_moment, device_scalars)
-    constants = triton_kernels.constants(key, target, aligned=True)
+    constants = element.constants(key, target, aligned=True)
     pointers = {
         "tensors": "*i64",
         "items": "*i32",

@@ -20,7 +20,7 @@ from helpers import triton_projection as projection_checks
 from helpers.triton_interpreter import BLOCK, STREAMS, VARIANTS, Shape
 
 from adamal_kernels import L2Ball, Simplex
-from adamal_kernels.backends.triton import TritonBackend
+from adamal_kernels.backends.triton.backend import TritonBackend
 from adamal_kernels.core.bucket import BucketKey
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.norm import LANES, chunk_elements

@@ -454,7 +454,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "the reference's monotone v is a sum of two products": (
         Fault(
-            "adamal_kernels/backends/reference.py",
+            "adamal_kernels/backends/eager/reference.py",
             "v = exp_avg_sq + s.one_minus_beta2 * (g2 - exp_avg_sq)",
             "v = s.beta2 * exp_avg_sq + s.one_minus_beta2 * g2",
         ),
@@ -462,7 +462,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "the reference's v takes a NaN": (
         Fault(
-            "adamal_kernels/backends/reference.py",
+            "adamal_kernels/backends/eager/reference.py",
             "torch.where(g2 > exp_avg_sq, v, exp_avg_sq)",
             "torch.where(g2 <= exp_avg_sq, exp_avg_sq, v)",
         ),
@@ -470,7 +470,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "foreach clamps a NaN": (
         Fault(
-            "adamal_kernels/backends/foreach.py",
+            "adamal_kernels/backends/eager/foreach.py",
             "torch.where(p < lower, lower, torch.where(p > upper, upper, p))",
             "torch.where(p >= lower, torch.where(p > upper, upper, p), lower)",
         ),
@@ -478,7 +478,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "foreach divides zero by zero": (
         Fault(
-            "adamal_kernels/backends/foreach_cpu.py",
+            "adamal_kernels/backends/eager/foreach_cpu.py",
             "if known.eps == 0:",
             "if known.eps < 0:",
         ),
@@ -486,7 +486,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "a piece's v takes a NaN": (
         Fault(
-            "adamal_kernels/backends/foreach_cpu.py",
+            "adamal_kernels/backends/eager/foreach_cpu.py",
             "v.sub_(_keep_where(torch.gt(g2, v, out=a), fall))",
             "v.sub_(fall.clamp_max_(0))",
         ),
@@ -494,7 +494,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "a piece takes torch's own root": (
         Fault(
-            "adamal_kernels/backends/foreach_cpu.py",
+            "adamal_kernels/backends/eager/foreach_cpu.py",
             "np.sqrt(v.numpy(), out=a.numpy())",
             "torch.nextafter(torch.sqrt(v), v, out=a)",
         ),
@@ -502,7 +502,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "a packed parameter is not written back": (
         Fault(
-            "adamal_kernels/backends/foreach_cpu.py",
+            "adamal_kernels/backends/eager/foreach_cpu.py",
             "_PARAM + index != _GRAD:",
             "_PARAM + index > _GRAD:",
         ),
@@ -549,19 +549,19 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
 TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
     "m is stored beyond the tail": (
         Fault(
-            "adamal_kernels/backends/triton_kernels.py",
+            "adamal_kernels/backends/triton/element.py",
             "tl.store(exp_avg, m, mask)",
             "tl.store(exp_avg, m)",
         ),
         "kernels/test_triton_interpreter.py::test_sizes[17]",
     ),
     "v is stored beyond the tail": (
-        Fault("adamal_kernels/backends/triton_kernels.py", "grown = grown & mask", "grown = grown"),
+        Fault("adamal_kernels/backends/triton/element.py", "grown = grown & mask", "grown = grown"),
         "kernels/test_triton_interpreter.py::test_sizes[17]",
     ),
     "v is stored where it did not grow": (
         Fault(
-            "adamal_kernels/backends/triton_kernels.py",
+            "adamal_kernels/backends/triton/element.py",
             "tl.store(exp_avg_sq, v, grown)",
             "tl.store(exp_avg_sq, v, mask)",
         ),
@@ -569,7 +569,7 @@ TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "the alignment is not told": (
         Fault(
-            "adamal_kernels/backends/triton_kernels.py",
+            "adamal_kernels/backends/triton/element.py",
             "first = tl.multiple_of(first, _VECTOR_BYTES)",
             "first = first",
         ),
@@ -577,19 +577,19 @@ TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "the pointer table is stale": (
         Fault(
-            "adamal_kernels/backends/triton_plan.py",
+            "adamal_kernels/backends/triton/plan.py",
             "if self._bound != bound:",
             "if self._bound is None:",
         ),
         "kernels/test_triton_interpreter.py::test_tables_follow_the_tensors[Python]",
     ),
     "every gradient is taken for aligned": (
-        Fault("adamal_kernels/backends/triton_plan.py", "(e.param, grad, *", "(e.param, *"),
+        Fault("adamal_kernels/backends/triton/plan.py", "(e.param, grad, *", "(e.param, *"),
         "kernels/test_triton_interpreter.py::test_work_is_complete_and_alignment_true",
     ),
     "a gradient that is gone is read": (
         Fault(
-            "adamal_kernels/backends/triton_kernels.py",
+            "adamal_kernels/backends/triton/element.py",
             "tl.where(grad_address == 0, 0, tl.load(tensor + _NUMEL) - start)",
             "tl.load(tensor + _NUMEL) - start",
         ),
@@ -597,7 +597,7 @@ TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "a stream reads the tables of another": (
         Fault(
-            "adamal_kernels/backends/triton_launcher.py",
+            "adamal_kernels/backends/triton/launcher.py",
             "if tables is None or (stream != tables.stream and not capturing):",
             "if tables is None:",
         ),
@@ -605,7 +605,7 @@ TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "a capture's tables are taken for filled": (
         Fault(
-            "adamal_kernels/backends/triton_launcher.py",
+            "adamal_kernels/backends/triton/launcher.py",
             "if not capturing:\n                self._tables = tables",
             "self._tables = tables",
         ),
@@ -613,7 +613,7 @@ TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "a step that is skipped is taken": (
         Fault(
-            "adamal_kernels/backends/triton_kernels.py",
+            "adamal_kernels/backends/triton/element.py",
             "remaining = tl.where(tl.load(scalars) == 0, 0, remaining)",
             "remaining = remaining",
         ),
@@ -621,7 +621,7 @@ TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "a skipped step is counted as taken": (
         Fault(
-            "adamal_kernels/backends/triton_scalars.py",
+            "adamal_kernels/backends/triton/scalars.py",
             "tl.where(taken, tl.load(source), 0)",
             "tl.load(source)",
         ),
@@ -629,7 +629,7 @@ TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "squares are added in the compiler's order": (
         Fault(
-            "adamal_kernels/backends/triton_norm.py",
+            "adamal_kernels/backends/triton/norm.py",
             "tl.sum(_add_neighbours(values, COUNT, LEVELS - 1), axis=0)",
             "tl.sum(values, axis=0)",
         ),
@@ -637,7 +637,7 @@ TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "a prepared launch takes one table for another": (
         Fault(
-            "adamal_kernels/backends/triton_launcher.py",
+            "adamal_kernels/backends/triton/launcher.py",
             "arguments = [tensor.data_ptr() for tensor in tensors]",
             "arguments = [tensors[0].data_ptr() for tensor in tensors]",
         ),

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.bucket import Bucket
-from ..core.buffers import SecondMoment
-from ..core.scalars import StepScalars
-from ..core.storage import compute_dtype
+from ...core.bucket import Bucket
+from ...core.buffers import SecondMoment
+from ...core.scalars import StepScalars
+from ...core.storage import compute_dtype
 
 __all__ = ["step_in_pieces"]
 

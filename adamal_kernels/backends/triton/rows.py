@@ -2,8 +2,8 @@
 
 It follows the step and reads what that stored: a row is projected in the metric ``diag(d)`` of the
 step's second moment. Sums are in the order of ``core/norm.py``; the arithmetic is that of
-:mod:`.triton_sets`. A program takes one row, or several short ones; those too long for one are
-:mod:`.triton_long_rows`'. Importing this imports Triton, which is slow: :mod:`.triton` does so on
+:mod:`.sets`. A program takes one row, or several short ones; those too long for one are
+:mod:`.long_rows`'. Importing this imports Triton, which is slow: :mod:`.backend` does so on
 first use.
 
 What the functions here call a view is a tuple: the set's kind; pointers to the parameter and to
@@ -19,15 +19,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ..core.bucket import BucketKey
-from ..core.buffers import SecondMoment
-from ..core.norm import chunk_elements
-from ..core.rows import MOST_RUNS
-from ..core.scalars import StepScalars
-from ..core.storage import compute_dtype
-from .triton_kernels import DTYPES, ROWS_HEADER, divide, sqrt
-from .triton_plan import SET_WORDS, TENSOR_WORDS, SetEntry
-from .triton_sets import (
+from ...core.bucket import BucketKey
+from ...core.buffers import SecondMoment
+from ...core.norm import chunk_elements
+from ...core.rows import MOST_RUNS
+from ...core.scalars import StepScalars
+from ...core.storage import compute_dtype
+from .element import DTYPES, ROWS_HEADER, divide, sqrt
+from .plan import SET_WORDS, TENSOR_WORDS, SetEntry
+from .sets import (
     FOUND,
     LEAST_METRIC,
     LEFT_ALONE,

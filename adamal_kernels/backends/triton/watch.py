@@ -1,6 +1,6 @@
 """The watched Triton step, the twin of ``csrc/formula/watch.h``: a kernel of its own.
 
-Importing this imports Triton, which is slow: :mod:`.triton` does so on first use.
+Importing this imports Triton, which is slow: :mod:`.backend` does so on first use.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import math
 import triton
 import triton.language as tl
 
-from ..core.stats import WORDS
-from .triton_kernels import BLOCK, divide, multiply, sqrt, step_item
+from ...core.stats import WORDS
+from .element import BLOCK, divide, multiply, sqrt, step_item
 
 __all__ = ["watched_step_kernel"]
 

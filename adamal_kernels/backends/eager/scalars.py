@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.bucket import DeviceScalars
-from ..core.scalars import StepOptions, StepScalars, as_float64, derive_step_scalars
+from ...core.bucket import DeviceScalars
+from ...core.scalars import StepOptions, StepScalars, as_float64, derive_step_scalars
 
 __all__ = ["device_rows"]
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.bucket import Bucket, BucketKey
-from ..core.buffers import SecondMoment
-from ..core.norm import squared_norm
-from ..core.rounding import rounded_sqrt
-from ..core.rows import project_bucket
-from ..core.scalars import StepScalars
-from ..core.stats import record_steps
-from ..core.storage import DTYPE_PAIRS, compute_dtype
-from .device_scalars import device_rows
+from ...core.bucket import Bucket, BucketKey
+from ...core.buffers import SecondMoment
+from ...core.norm import squared_norm
+from ...core.rounding import rounded_sqrt
+from ...core.rows import project_bucket
+from ...core.scalars import StepScalars
+from ...core.stats import record_steps
+from ...core.storage import DTYPE_PAIRS, compute_dtype
+from .scalars import device_rows
 
 __all__ = ["ReferenceBackend"]
 

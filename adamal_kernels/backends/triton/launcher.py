@@ -1,6 +1,6 @@
 """Launching the Triton kernels: tables kept on the device, compiled kernels, one copy a step.
 
-Importing this imports Triton, which is slow: :mod:`.triton` does so on first use.
+Importing this imports Triton, which is slow: :mod:`.backend` does so on first use.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ..core.bucket import BucketKey
-from ..core.scalars import StepScalars
-from ..core.storage import compute_dtype
-from . import triton_kernels, triton_norm, triton_scalars, triton_watch
-from .triton_plan import TENSOR_WORDS
-from .triton_projection import ProjectionTables, prepare_projection, projection_tables
+from ...core.bucket import BucketKey
+from ...core.scalars import StepScalars
+from ...core.storage import compute_dtype
+from . import element
+from . import norm as triton_norm
+from . import scalars as triton_scalars
+from . import watch as triton_watch
+from .plan import TENSOR_WORDS
+from .projection import ProjectionTables, prepare_projection, projection_tables
 
 __all__ = ["Launcher", "prepare_launch", "triton_version"]
 
@@ -78,8 +81,8 @@ class Launcher:
     def __init__(self, key: BucketKey) -> None:
         """Make a launcher for buckets of kind ``key``, to be bound before it launches."""
         self._key = key
-        self._target = None if key.device.type == "cpu" else triton_kernels.target(key.device)
-        self._options = triton_kernels.launch_options(self._target)
+        self._target = None if key.device.type == "cpu" else element.target(key.device)
+        self._options = element.launch_options(self._target)
         self._host_tables: tuple[Tensor, Tensor, Tensor, ProjectionTables | None, Tensor | None]
         self._records: Sequence[Tensor] = ()
         self._tables: _Tables | None = None
@@ -198,7 +201,7 @@ class Launcher:
         step = _Staged(buffer, [])
         if self._key.device_scalars:
             source = buffer[split:].view(torch.int64)
-            count = triton_kernels.ROWS_HEADER + len(tables.entries) * len(StepScalars._fields)
+            count = element.ROWS_HEADER + len(tables.entries) * len(StepScalars._fields)
             scalars = torch.empty(count, dtype=compute, device=self._key.device)
             step.memory = (scalars,)
             programs = triton.cdiv(len(tables.entries), triton_scalars.TENSORS_PER_PROGRAM)
@@ -208,8 +211,8 @@ class Launcher:
             scalars = buffer[split:].view(compute)
         for promise, items in tables.items:
             tensors = (tables.entries, items, inputs, scalars)
-            constants = triton_kernels.constants(self._key, self._target, aligned=promise)
-            kernel = triton_kernels.step_kernel
+            constants = element.constants(self._key, self._target, aligned=promise)
+            kernel = element.step_kernel
             if tables.records is not None:
                 kernel, tensors = triton_watch.watched_step_kernel, (*tensors, tables.records)
             step.launches.append(self._prepare(kernel, len(items), tensors, constants))
@@ -234,7 +237,7 @@ class Launcher:
         entries, count = tables.entries, len(tables.entries)
         buffer = empty(size, dtype=torch.uint8)
         inputs = buffer.view(torch.int64)
-        blocks = -(-entries[:, TENSOR_WORDS["numel"]] // triton_kernels.BLOCK)
+        blocks = -(-entries[:, TENSOR_WORDS["numel"]] // element.BLOCK)
         first_items = blocks.cumsum(0) - blocks
         item_sums = empty(sum(len(items) for _, items in tables.items))
         tensor_sums, total = empty(count), empty()

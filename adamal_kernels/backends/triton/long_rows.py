@@ -2,7 +2,7 @@
 
 Programs share each sum of a row, a chunk each, and launches alternate between sums and what follows
 from them, whatever the values are, so that nothing waits for the device. Importing this imports
-Triton, which is slow: :mod:`.triton` does so on first use.
+Triton, which is slow: :mod:`.backend` does so on first use.
 
 All take what :func:`.project_kernel` does, and ``long_rows``, three int64 each: its tensor, its row
 there, and the first of its ``long_items``, which are int32 pairs of a long row and a chunk of it.
@@ -16,21 +16,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..core.bucket import BucketKey
-from ..core.norm import LANES, chunk_elements
-from ..core.storage import compute_dtype
-from . import triton_rows
-from .triton_rows import (
-    Tile,
-    add_neighbours,
-    apply,
-    open_rows,
-    part_sizes,
-    part_terms,
-    search,
-    set_of,
-)
-from .triton_sets import FOUND, LEFT_ALONE, SEARCHING, begin_search, continue_search
+from ...core.bucket import BucketKey
+from ...core.norm import LANES, chunk_elements
+from ...core.storage import compute_dtype
+from . import rows as triton_rows
+from .rows import Tile, add_neighbours, apply, open_rows, part_sizes, part_terms, search, set_of
+from .sets import FOUND, LEFT_ALONE, SEARCHING, begin_search, continue_search
 
 __all__ = [
     "apply_kernel",

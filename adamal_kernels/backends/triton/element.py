@@ -1,6 +1,6 @@
 """The Triton twin of ``csrc/formula/element.h`` (the formula) and ``csrc/cuda/walk.h`` (the walk).
 
-Importing this imports Triton, which is slow: :mod:`.triton` does so on first use.
+Importing this imports Triton, which is slow: :mod:`.backend` does so on first use.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from triton.language.extra import libdevice
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
-from ..core.bucket import BucketKey
-from ..core.buffers import SecondMoment
-from ..core.scalars import StepScalars
-from ..core.storage import compute_dtype
-from .triton_plan import TENSOR_WORDS
+from ...core.bucket import BucketKey
+from ...core.buffers import SecondMoment
+from ...core.scalars import StepScalars
+from ...core.storage import compute_dtype
+from .plan import TENSOR_WORDS
 
 __all__ = [
     "BLOCK",

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..build_info import load_extension
-from ..core.bucket import BucketKey
-from ..core.storage import DTYPE_PAIRS
-from .planned import PlannedBackend, why_not_importable
-from .triton_plan import PythonPlan
+from ...build_info import load_extension
+from ...core.bucket import BucketKey
+from ...core.storage import DTYPE_PAIRS
+from ..planned import PlannedBackend, why_not_importable
+from .plan import PythonPlan
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -54,7 +54,7 @@ class TritonBackend(PlannedBackend):
 
     def new_plan(self, key: BucketKey) -> Any:
         """See :meth:`PlannedBackend.new_plan`."""
-        from .triton_launcher import Launcher  # imports Triton
+        from .launcher import Launcher  # imports Triton
 
         launcher, block = Launcher(key), _kernels().BLOCK
         if not self.has_native_plans:
@@ -66,9 +66,9 @@ class TritonBackend(PlannedBackend):
 
 
 def _kernels() -> ModuleType:
-    from . import triton_kernels  # on first use: importing Triton takes a second
+    from . import element  # on first use: importing Triton takes a second
 
-    return triton_kernels
+    return element
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The Triton twin of ``csrc/formula/norm.h``: squares added in the order of ``core/norm.py``.
 
-Importing this imports Triton, which is slow: :mod:`.triton` does so on first use.
+Importing this imports Triton, which is slow: :mod:`.backend` does so on first use.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..core.bucket import BucketKey
-from ..core.norm import LANES, chunk_elements
-from ..core.storage import compute_dtype
-from .triton_kernels import BLOCK, DTYPES, elements
-from .triton_plan import TENSOR_WORDS
+from ...core.bucket import BucketKey
+from ...core.norm import LANES, chunk_elements
+from ...core.storage import compute_dtype
+from .element import BLOCK, DTYPES, elements
+from .plan import TENSOR_WORDS
 
 __all__ = [
     "chunk_levels",

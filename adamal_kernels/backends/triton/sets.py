@@ -1,7 +1,7 @@
 """The Triton twin of ``csrc/formula/sets.h``: the terms of elements, and the search of a row.
 
 What is of a row may be a number, or a vector of rows. Importing this imports Triton, which is slow:
-:mod:`.triton` does so on first use.
+:mod:`.backend` does so on first use.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..projections import L1Ball, L2Ball, Simplex
+from ...projections import L1Ball, L2Ball, Simplex
 
 __all__ = [
     "FOUND",

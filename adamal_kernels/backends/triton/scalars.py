@@ -1,6 +1,6 @@
 """The Triton twin of ``csrc/formula/scalars.h``: a step's scalars, derived on the device.
 
-Importing this imports Triton, which is slow: :mod:`.triton` does so on first use.
+Importing this imports Triton, which is slow: :mod:`.backend` does so on first use.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..core.scalars import COUNT_BITS, StepScalars
-from .triton_kernels import ROWS_HEADER
-from .triton_plan import OptionEntry, ScalarSource
+from ...core.scalars import COUNT_BITS, StepScalars
+from .element import ROWS_HEADER
+from .plan import OptionEntry, ScalarSource
 
 __all__ = ["TENSORS_PER_PROGRAM", "derive_kernel"]
 

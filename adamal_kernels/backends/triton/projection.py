@@ -1,6 +1,6 @@
 """The launches that project a bucket's tensors after their step: tables and memory.
 
-Importing this imports Triton, which is slow: :mod:`.triton` does so on first use.
+Importing this imports Triton, which is slow: :mod:`.backend` does so on first use.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.bucket import BucketKey
-from ..core.norm import chunk_elements
-from . import triton_long_rows, triton_rows
-from .triton_plan import SetEntry
+from ...core.bucket import BucketKey
+from ...core.norm import chunk_elements
+from . import long_rows as triton_long_rows
+from . import rows as triton_rows
+from .plan import SetEntry
 
 __all__ = ["EVALUATIONS", "ProjectionTables", "prepare_projection", "projection_tables"]
 
@@ -31,7 +32,7 @@ class ProjectionTables(NamedTuple):
     sets: Tensor
     """Int64 ``[tensor, SET_WORDS]``."""
     long_rows: Tensor
-    """Int64 ``[row, 3]``: as in :mod:`.triton_long_rows`."""
+    """Int64 ``[row, 3]``: as in :mod:`.long_rows`."""
     long_items: Tensor
     """Int32 ``[item, 2]``: likewise."""
     short: tuple[Tensor, ...]

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.bucket import BucketKey
-from ..core.buffers import BUFFERS
-from ..core.rows import MOST_RUNS, CoupledRows
-from ..core.scalars import StepOptions, StepScalars
-from ..core.storage import compute_dtype
+from ...core.bucket import BucketKey
+from ...core.buffers import BUFFERS
+from ...core.rows import MOST_RUNS, CoupledRows
+from ...core.scalars import StepOptions, StepScalars
+from ...core.storage import compute_dtype
 
 if TYPE_CHECKING:
-    from .triton_launcher import Launcher
+    from .launcher import Launcher
 
 __all__ = [
     "SET_WORDS",

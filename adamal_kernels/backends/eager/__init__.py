@@ -1,0 +1,1 @@
+"""The formula in eager PyTorch, for any device: nothing is compiled."""

@@ -1,0 +1,1 @@
+"""The formula in Triton kernels. Importing this package imports no Triton."""
