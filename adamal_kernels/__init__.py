@@ -15,7 +15,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .backends import BackendName
-    from .in_backward import InBackwardHandle
+    from .modes.in_backward import InBackwardHandle
     from .optimizer import Adam, AdamAL, AdamALW, AdamW
     from .projections import Box, L1Ball, L2Ball, NonNegative, Projection, Simplex
     from .watch import ParameterStatistics, Watch
@@ -43,11 +43,11 @@ __all__ = [
 if not TYPE_CHECKING:
 
     def __getattr__(name):
-        modules = ("optimizer", "projections", "watch", "in_backward", "backends")
+        modules = ("optimizer", "projections", "watch", "backends")
         if name in modules:
             return import_module(f".{name}", __name__)
         if name in __all__:
-            for module in modules:
+            for module in (*modules, "modes.in_backward"):
                 home = import_module(f".{module}", __name__)
                 if name in home.__all__:
                     return globals().setdefault(name, getattr(home, name))

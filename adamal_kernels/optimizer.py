@@ -19,16 +19,16 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from . import compiled, in_backward
 from .backends import BackendName
-from .checkpoint import feed_back_maxima, merge_groups, merge_state, packed
+from .checkpoints.foreign import as_torch_adam
+from .checkpoints.merge import feed_back_maxima, merge_groups, merge_state, packed
 from .core.scalars import StepInputs
 from .core.stats import WatchRecords
-from .distributed import check_process_group, is_flat_shard, zero_redundancy_optimizer
-from .entries import check_parameter, is_frozen
-from .foreign_checkpoints import as_torch_adam
-from .in_backward import InBackwardHandle, StepperInBackward
-from .options import (
+from .modes import compiled, in_backward
+from .modes.in_backward import InBackwardHandle, StepperInBackward
+from .projections import Projection
+from .step.entry import check_parameter, is_frozen
+from .step.options import (
     check_betas_of_one_kind,
     check_capturable,
     check_max_grad_norm,
@@ -36,8 +36,8 @@ from .options import (
     pair_of_betas,
     read_options,
 )
-from .plan import Plan
-from .projections import Projection
+from .step.sharded import check_process_group, is_flat_shard, zero_redundancy_optimizer
+from .step.stepper import Plan
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -429,7 +429,7 @@ class _AdamBase(Optimizer):
 
         Those of apex, Transformer Engine and DeepSpeed FusedAdam, of optimi and of bitsandbytes
         with 32-bit states are recognised by their layout
-        (:mod:`adamal_kernels.foreign_checkpoints`). In one saved with ``amsgrad=True`` the
+        (:mod:`adamal_kernels.checkpoints.foreign`). In one saved with ``amsgrad=True`` the
         monotone ``v`` of :class:`AdamAL` goes on from ``max_exp_avg_sq``, and ``amsgrad`` becomes
         False.
 
@@ -640,7 +640,7 @@ class AdamAL(_AdamBase):
     ``ShardedGradScaler`` unscales in any case.
 
     ``step()`` can be part of a function that ``torch.compile(fullgraph=True)`` compiles, or be
-    compiled itself: :mod:`adamal_kernels.compiled`.
+    compiled itself: :mod:`adamal_kernels.modes.compiled`.
 
     Raises:
         TypeError, ValueError: an option is of a wrong type, out of range or contradicts another,

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .core.stats import WORDS, Record, WatchRecords, unpacked
 from .core.storage import compute_dtype, real_dtype
-from .distributed import local_part, splits_rows
-from .entries import is_frozen
 from .projections import CoupledSet, is_known_set
+from .step.entry import is_frozen
+from .step.sharded import local_part, splits_rows
 
 if TYPE_CHECKING:
     from .optimizer import _AdamBase

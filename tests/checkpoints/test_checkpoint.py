@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from adamal_kernels import Adam, AdamAL, AdamALW, AdamW, Box, L2Ball, NonNegative
-from adamal_kernels.checkpoint import merge_groups
+from adamal_kernels.checkpoints.merge import merge_groups
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
 from adamal_kernels.verify import different_values, same_bits

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamal_kernels import AdamAL
-from adamal_kernels import plan as plan_module
+from adamal_kernels.step import stepper as plan_module
 from adamal_kernels.verify import different_values
 
 TENSORS = 2100

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from adamal_kernels import AdamAL
-from adamal_kernels.distributed import local_part
+from adamal_kernels.step.sharded import local_part
 from adamal_kernels.verify import different_values, same_bits
 from helpers import coupled_distributed_cases
 from helpers.distributed_cases import (

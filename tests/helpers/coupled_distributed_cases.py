@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from adamal_kernels import Adam, AdamAL, L1Ball, L2Ball, Simplex
-from adamal_kernels.distributed import splits_rows
+from adamal_kernels.step.sharded import splits_rows
 from adamal_kernels.verify import different_values, same_bits
 from helpers import distributed_cases
 from helpers.distributed_cases import (

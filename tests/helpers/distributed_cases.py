@@ -40,10 +40,11 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from adamal_kernels import Adam, AdamAL, AdamALW, Box, distributed
-from adamal_kernels import plan as plan_module
+from adamal_kernels import Adam, AdamAL, AdamALW, Box
 from adamal_kernels.build_info import load_extension
-from adamal_kernels.distributed import mesh_and_placements, reduce_squared_norms
+from adamal_kernels.step import sharded as distributed
+from adamal_kernels.step import stepper as plan_module
+from adamal_kernels.step.sharded import mesh_and_placements, reduce_squared_norms
 from adamal_kernels.verify import different_values, same_bits
 from helpers.support import refused
 

@@ -14,7 +14,7 @@ from adamal_kernels.backends import BACKENDS
 from adamal_kernels.core.bucket import BucketKey
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.storage import DtypePair
-from adamal_kernels.distributed import local_part
+from adamal_kernels.step.sharded import local_part
 from adamal_kernels.verify import devices, same_bits
 
 

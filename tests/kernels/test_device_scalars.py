@@ -40,7 +40,7 @@ from adamal_kernels.core.scalars import (
 )
 from adamal_kernels.core.stats import WORDS
 from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
-from adamal_kernels.options import check_capturable
+from adamal_kernels.step.options import check_capturable
 from adamal_kernels.verify import Values, different_values, run_case, same_bits
 
 __all__ = ["checked", "new_pair"]  # fixtures

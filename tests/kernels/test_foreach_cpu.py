@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import adamal_kernels.plan
+import adamal_kernels.step.stepper
 from adamal_kernels import Adam, AdamAL, Box
 from adamal_kernels.backends.eager import foreach_cpu
 from adamal_kernels.verify import same_bits
@@ -117,13 +117,13 @@ def test_only_what_has_changed_is_checked_again(
     backend: str, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked = []
-    real = adamal_kernels.plan.check_entry
+    real = adamal_kernels.step.stepper.check_entry
 
     def check_entry(param: Tensor, *args: Any) -> Any:
         checked.append(param)
         return real(param, *args)
 
-    monkeypatch.setattr(adamal_kernels.plan, "check_entry", check_entry)
+    monkeypatch.setattr(adamal_kernels.step.stepper, "check_entry", check_entry)
     params = [torch.ones(3, 4, requires_grad=True) for _ in range(3)]
     optimizer = AdamAL(params, backend=backend)
     apply, checked_for_it = CHANGES[change]

@@ -22,7 +22,7 @@ from adamal_kernels.core.bucket import Bucket, BucketKey, DeviceScalars
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.scalars import StepInputs, StepOptions
 from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
-from adamal_kernels.plan import Plan
+from adamal_kernels.step.stepper import Plan
 from adamal_kernels.verify import different_values, same_bits
 
 __all__ = ["checked", "new_pair"]  # fixtures

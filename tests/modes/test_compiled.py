@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import Optimizer
 
 from adamal_kernels import Adam, AdamAL, AdamALW, Box, L2Ball
-from adamal_kernels.compiled import new_handle
+from adamal_kernels.modes.compiled import new_handle
 from adamal_kernels.verify import different_values, same_bits
 
 

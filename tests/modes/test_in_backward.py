@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adamal_kernels import Adam, AdamAL, AdamALW, Box
-from adamal_kernels import plan as plan_module
+from adamal_kernels.step import stepper as plan_module
 from adamal_kernels.verify import different_values, same_bits
 
 

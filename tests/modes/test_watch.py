@@ -17,7 +17,7 @@ from torch import Tensor
 from adamal_kernels import Adam, AdamAL, AdamALW, Box, NonNegative, ParameterStatistics
 from adamal_kernels.build_info import load_extension
 from adamal_kernels.core.stats import WORDS
-from adamal_kernels.plan import Plan
+from adamal_kernels.step.stepper import Plan
 from adamal_kernels.verify import different_values, same_bits
 
 SHAPES = ((3,), (4, 5), (), (0,), (5000,))

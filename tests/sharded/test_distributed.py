@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 from adamal_kernels import AdamAL
-from adamal_kernels.distributed import local_part
+from adamal_kernels.step.sharded import local_part
 from adamal_kernels.verify import different_values
 
 LONGEST_SECONDS = 300

@@ -358,7 +358,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "one count for all parameters": (
         Fault(
-            "adamal_kernels/plan.py",
+            "adamal_kernels/step/stepper.py",
             "derive_step_scalars(int(step.item()) + 1,",
             'derive_step_scalars(table.setdefault("first", int(step.item()) + 1),',
         ),
@@ -366,7 +366,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "the gradient's strides are ignored": (
         Fault(
-            "adamal_kernels/plan.py",
+            "adamal_kernels/step/stepper.py",
             "dense = _with_layout(grad, _pattern(entry))",
             "dense = grad",
         ),
@@ -374,7 +374,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "the wrong tensor is written back": (
         Fault(
-            "adamal_kernels/plan.py",
+            "adamal_kernels/step/stepper.py",
             "write_back.source.copy_(write_back.dense)",
             "write_back.dense.copy_(write_back.source)",
         ),
@@ -382,7 +382,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "replaced state is not checked": (
         Fault(
-            "adamal_kernels/plan.py",
+            "adamal_kernels/step/stepper.py",
             "                check_state(entry, held)",
             "                pass",
         ),
@@ -390,7 +390,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "steps repeated by C++ are not clamped": (
         Fault(
-            "adamal_kernels/steady_state.py",
+            "adamal_kernels/step/fast_path.py",
             "step_options(*binding.bounds)",
             'step_options(binding.bounds[0], float("inf"))',
         ),
@@ -410,7 +410,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "loaded moments are cast to the parameter's type": (
         Fault(
-            "adamal_kernels/checkpoint.py",
+            "adamal_kernels/checkpoints/merge.py",
             "moment_like(param, value.dtype)",
             "moment_like(param, param.dtype)",
         ),
@@ -418,7 +418,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "a checkpoint overwrites the backend": (
         Fault(
-            "adamal_kernels/checkpoint.py",
+            "adamal_kernels/checkpoints/merge.py",
             "group[name] = ours[name]",
             "group.setdefault(name, ours[name])",
         ),
@@ -426,7 +426,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "v goes on from AMSGrad's average": (
         Fault(
-            "adamal_kernels/checkpoint.py",
+            "adamal_kernels/checkpoints/merge.py",
             'if group["amsgrad"] is True and maximum is not None:',
             "if False:",
         ),
@@ -434,7 +434,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "optimi's bias correction stays in its moments": (
         Fault(
-            "adamal_kernels/foreign_checkpoints.py",
+            "adamal_kernels/checkpoints/foreign.py",
             "moment.double() * (1.0 - beta_power(float(beta), count))",
             "moment.double()",
         ),
@@ -442,7 +442,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "DeepSpeed's count is that of its first parameter": (
         Fault(
-            "adamal_kernels/foreign_checkpoints.py",
+            "adamal_kernels/checkpoints/foreign.py",
             'group["step"] = max(counts, key=',
             'group["step"] = min(counts, key=',
         ),
@@ -509,12 +509,12 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
         "kernels/test_backends.py::test_cases[float32-monotone-foreach-cpu]",
     ),
     "an unchanged step's gradient may lie in what it writes": (
-        Fault("adamal_kernels/unchanged.py", " or self._touch(grads):", ":"),
+        Fault("adamal_kernels/step/unchanged.py", " or self._touch(grads):", ":"),
         "optimizer/test_memory.py::test_a_gradient_that_lies_in_a_parameter_is_refused[foreach-cpu-2]",
     ),
     "an unchanged step has the moments of the last one": (
         Fault(
-            "adamal_kernels/unchanged.py",
+            "adamal_kernels/step/unchanged.py",
             "not _are_same(_items(self._states), self._held)",
             "False",
         ),
@@ -522,7 +522,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "an unchanged step has the parameters of the last one": (
         Fault(
-            "adamal_kernels/unchanged.py",
+            "adamal_kernels/step/unchanged.py",
             "list(map(Tensor.data_ptr, self._written)) != self._addresses",
             "False",
         ),
@@ -530,7 +530,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "an unchanged step has the set of the last one": (
         Fault(
-            "adamal_kernels/unchanged.py",
+            "adamal_kernels/step/unchanged.py",
             "list(map(_selects_code, options)) != self._kinds",
             "len(options) != len(self._kinds)",
         ),

@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import Backend, pick
-from .core.bucket import BucketKey
-from .core.buffers import REQUIRED_KEYS, Buffer, buffers_of, check_value, held_buffers
-from .core.layout import has_memory, overlapping_pair, same_layout
-from .core.rows import coupled_rows
-from .core.scalars import StepInputs
-from .core.storage import DTYPE_PAIRS, DtypePair, real_dtype
-from .distributed import (
+from ..backends import Backend, pick
+from ..core.bucket import BucketKey
+from ..core.buffers import REQUIRED_KEYS, Buffer, buffers_of, check_value, held_buffers
+from ..core.layout import has_memory, overlapping_pair, same_layout
+from ..core.rows import coupled_rows
+from ..core.scalars import StepInputs
+from ..core.storage import DTYPE_PAIRS, DtypePair, real_dtype
+from ..projections import CoupledSet
+from .options import GroupOptions
+from .sharded import (
     check_sharded_gradient,
     check_sharded_parameter,
     check_sharded_state,
@@ -30,8 +32,6 @@ from .distributed import (
     placed_as,
     splits_rows,
 )
-from .options import GroupOptions
-from .projections import CoupledSet
 
 __all__ = [
     "Entry",

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .core.scalars import StepInputs
-from .options import check_capturable
-from .plan import Plan
-from .user_warning import warn_user
+from ..core.scalars import StepInputs
+from ..step.options import check_capturable
+from ..step.stepper import Plan
+from ..user_warning import warn_user
 
 if TYPE_CHECKING:
-    from .optimizer import _AdamBase
+    from ..optimizer import _AdamBase
 
 __all__ = ["InBackwardHandle", "StepperInBackward", "check_inputs", "step_in_backward"]
 

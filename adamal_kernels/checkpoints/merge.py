@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core.buffers import BUFFERS, REQUIRED_KEYS, check_value
-from .distributed import is_sharded, local_part, moment_like, placed_as
-from .entries import is_frozen
-from .options import IMPLEMENTATION_OPTIONS, pair_of_betas
-from .projections import Projection, projection_from_dict, projection_to_dict
+from ..core.buffers import BUFFERS, REQUIRED_KEYS, check_value
+from ..projections import Projection, projection_from_dict, projection_to_dict
+from ..step.entry import is_frozen
+from ..step.options import IMPLEMENTATION_OPTIONS, pair_of_betas
+from ..step.sharded import is_sharded, local_part, moment_like, placed_as
 
 __all__ = ["feed_back_maxima", "merge_groups", "merge_state", "packed", "read_step"]
 
@@ -58,9 +58,10 @@ def merge_groups(
     """Return the groups that continue ``saved`` on the parameters of ``running``.
 
     The saved options win, but for those that say how to compute
-    (:data:`~adamal_kernels.options.IMPLEMENTATION_OPTIONS`) and those the checkpoint lacks, such
-    as ``projection`` in one of ``torch.optim.Adam``. ``lr`` and ``betas`` take the saved values in
-    the running form: a number stays a number, a Tensor becomes one of its own type and device.
+    (:data:`~adamal_kernels.step.options.IMPLEMENTATION_OPTIONS`) and those the checkpoint lacks,
+    such as ``projection`` in one of ``torch.optim.Adam``. ``lr`` and ``betas`` take the saved
+    values in the running form: a number stays a number, a Tensor becomes one of its own type and
+    device.
 
     Raises:
         ValueError: the number of groups, or of parameters in one of them, differs, or a Tensor

@@ -37,15 +37,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .core.buffers import BUFFERS, SecondMoment
-from .core.scalars import StepInputs
-from .distributed import is_sharded, mark_like
-from .entries import is_frozen, prepare_state
-from .options import check_capturable
-from .projections import CoupledSet
+from ..core.buffers import BUFFERS, SecondMoment
+from ..core.scalars import StepInputs
+from ..projections import CoupledSet
+from ..step.entry import is_frozen, prepare_state
+from ..step.options import check_capturable
+from ..step.sharded import is_sharded, mark_like
 
 if TYPE_CHECKING:
-    from .optimizer import _AdamBase
+    from ..optimizer import _AdamBase
 
 __all__ = ["new_handle", "step"]
 

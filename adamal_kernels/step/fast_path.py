@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends.planned import PlannedBackend, bound_options, bound_rows
-from .build_info import load_extension
-from .core.bucket import BucketKey
-from .core.rows import CoupledRows
-from .core.stats import WatchRecords
-from .distributed import local_part, sharded_class
-from .entries import is_shared
+from ..backends.planned import PlannedBackend, bound_options, bound_rows
+from ..build_info import load_extension
+from ..core.bucket import BucketKey
+from ..core.rows import CoupledRows
+from ..core.stats import WatchRecords
+from ..projections import Projection
+from .entry import is_shared
 from .options import GroupOptions
-from .projections import Projection
+from .sharded import local_part, sharded_class
 
 __all__ = ["Binding", "bind", "bound_places"]
 

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .core.bucket import Bucket
-from .core.rows import coupled_rows, project
-from .core.scalars import StepScalars, as_float64, derive_step_scalars
-from .core.storage import compute_dtype
-from .distributed import local_part, row_reducer
-from .entries import Entry
+from ..core.bucket import Bucket
+from ..core.rows import coupled_rows, project
+from ..core.scalars import StepScalars, as_float64, derive_step_scalars
+from ..core.storage import compute_dtype
+from .entry import Entry
+from .sharded import local_part, row_reducer
 
 __all__ = ["Stepped", "project_split_rows"]
 

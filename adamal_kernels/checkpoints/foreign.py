@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checkpoint import read_step
-from .core.scalars import beta_power
-from .user_warning import warn_user
+from ..core.scalars import beta_power
+from ..user_warning import warn_user
+from .merge import read_step
 
 __all__ = ["as_torch_adam"]
 

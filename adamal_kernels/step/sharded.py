@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .core.layout import empty_dense_like, same_layout
-from .core.rows import multiplier_shape, multiplier_strides
-from .projections import CoupledSet
+from ..core.layout import empty_dense_like, same_layout
+from ..core.rows import multiplier_shape, multiplier_strides
+from ..projections import CoupledSet
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -12,18 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import FUSED, Backend
-from .backends.native import NativeBackend
-from .backends.planned import PlannedBackend
-from .core.bucket import Bucket, BucketKey, DeviceScalars
-from .core.buffers import buffers_of
-from .core.layout import empty_dense_like, is_dense, overlapping_pair, same_layout
-from .core.norm import ordered_sum
-from .core.rounding import rounded_sqrt
-from .core.rows import coupled_rows
-from .core.scalars import StepInputs, derive_step_scalars, move_scalar
-from .core.stats import WatchRecords
-from .distributed import (
+from ..backends import FUSED, Backend
+from ..backends.native import NativeBackend
+from ..backends.planned import PlannedBackend
+from ..core.bucket import Bucket, BucketKey, DeviceScalars
+from ..core.buffers import buffers_of
+from ..core.layout import empty_dense_like, is_dense, overlapping_pair, same_layout
+from ..core.norm import ordered_sum
+from ..core.rounding import rounded_sqrt
+from ..core.rows import coupled_rows
+from ..core.scalars import StepInputs, derive_step_scalars, move_scalar
+from ..core.stats import WatchRecords
+from .entry import (
+    Entry,
+    check_entry,
+    check_overlaps,
+    check_state,
+    named_tensors,
+    resting_entry,
+    state_of,
+)
+from .fast_path import Binding, bind, bound_places
+from .options import GroupOptions
+from .sharded import (
     FLAT_SHARD,
     is_only_process,
     is_sharded,
@@ -33,18 +44,7 @@ from .distributed import (
     reduce_found_inf,
     reduce_squared_norms,
 )
-from .entries import (
-    Entry,
-    check_entry,
-    check_overlaps,
-    check_state,
-    named_tensors,
-    resting_entry,
-    state_of,
-)
-from .options import GroupOptions
-from .split_rows import Stepped, project_split_rows
-from .steady_state import Binding, bind, bound_places
+from .sharded_rows import Stepped, project_split_rows
 from .unchanged import LastStep
 
 __all__ = ["Plan"]
@@ -62,7 +62,7 @@ class Plan:
     """Steps an optimizer's parameters: checks them, buckets them, hands them to backends.
 
     A step that finds everything as the last one left it is C++'s alone
-    (:mod:`adamal_kernels.steady_state`), where the plans of all backends in use are.
+    (:mod:`adamal_kernels.step.fast_path`), where the plans of all backends in use are.
     """
 
     def __init__(self) -> None:

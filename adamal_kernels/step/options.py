@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backends import check_request
-from .core.buffers import SecondMoment
-from .core.scalars import StepOptions
-from .projections import CoupledSet, Projection, is_known_set
+from ..backends import check_request
+from ..core.buffers import SecondMoment
+from ..core.scalars import StepOptions
+from ..projections import CoupledSet, Projection, is_known_set
 
 __all__ = [
     "IMPLEMENTATION_OPTIONS",

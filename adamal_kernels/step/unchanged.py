@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .backends import Backend
-from .core.bucket import Bucket
-from .core.buffers import BUFFERS
-from .core.scalars import StepOptions, derive_step_scalars
-from .entries import Entry
+from ..backends import Backend
+from ..core.bucket import Bucket
+from ..core.buffers import BUFFERS
+from ..core.scalars import StepOptions, derive_step_scalars
+from .entry import Entry
 from .options import GroupOptions
 
 __all__ = ["Found", "LastStep"]

@@ -1,0 +1,1 @@
+"""What checkpoints hold: ours, of any version, and those of other optimizers."""

@@ -1,0 +1,1 @@
+"""Other ways to step than ``step()``: inside ``torch.compile``, and inside ``backward()``."""
