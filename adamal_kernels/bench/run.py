@@ -13,10 +13,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ..cases import cases
 from ..core.buffers import SecondMoment
 from ..core.storage import DtypePair, compute_dtype
 from ..verify import different_values, outside_tolerance, run_case, run_oracle
+from ..verify.cases import cases
 from .cases import BenchCase, Room, Shape
 from .contenders import BASELINE, Contender, Entrant, first_line
 from .measure import OtherLoad, Sample, Spread, sectors_changed, snapshot, time_step

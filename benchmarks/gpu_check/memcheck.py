@@ -89,8 +89,8 @@ def run_cases(backend: str) -> int:
     """Take two steps, the second one watched, of every pair of types and second moment."""
     import torch
 
-    from adamal_kernels.cases import cases
     from adamal_kernels.verify import run_case
+    from adamal_kernels.verify.cases import cases
 
     for case in cases():
         if case.variant == "default":

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 
 from adamal_kernels.backends import BACKENDS
-from adamal_kernels.cases import STEPS, Case, cases
 from adamal_kernels.core.bucket import BucketKey
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.storage import DTYPE_PAIRS
 from adamal_kernels.verify import Values, different_values, run_case
+from adamal_kernels.verify.cases import STEPS, Case, cases
 
 from ..paper.workers import run_jobs
 from .records import append

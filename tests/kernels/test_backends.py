@@ -16,7 +16,6 @@ from adamal_kernels import info
 from adamal_kernels.backends import BACKENDS, native, pick
 from adamal_kernels.backends.eager.foreach import ForeachBackend
 from adamal_kernels.build_info import ExtensionRecord, extension_record
-from adamal_kernels.cases import Case, cases
 from adamal_kernels.core.bucket import BucketKey
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
@@ -27,6 +26,7 @@ from adamal_kernels.verify import (
     run_case,
     run_oracle,
 )
+from adamal_kernels.verify.cases import Case, cases
 
 
 # Backends vary fastest below: the next one finds the results of the last one's cases here.

@@ -42,8 +42,8 @@ from adamal_kernels import L1Ball, L2Ball, Simplex
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.rows import coupled_rows
 from adamal_kernels.core.storage import DTYPE_PAIRS
-from adamal_kernels.oracle import TOLERANCES, nearest_point
 from adamal_kernels.projections import CoupledSet
+from adamal_kernels.verify.oracle import TOLERANCES, nearest_point
 
 SETS = (L2Ball, L1Ball, Simplex)
 

@@ -27,7 +27,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamal_kernels import Adam, AdamAL, Box
 from adamal_kernels.backends import BACKENDS
-from adamal_kernels.cases import Case, cases
 from adamal_kernels.core.bucket import Bucket, BucketKey, DeviceScalars
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.norm import ordered_sum
@@ -42,6 +41,7 @@ from adamal_kernels.core.stats import WORDS
 from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
 from adamal_kernels.step.options import check_capturable
 from adamal_kernels.verify import Values, different_values, run_case, same_bits
+from adamal_kernels.verify.cases import Case, cases
 
 __all__ = ["checked", "new_pair"]  # fixtures
 

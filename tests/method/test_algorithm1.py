@@ -14,8 +14,8 @@ from torch import Tensor
 
 from adamal_kernels import Adam, AdamAL, Box, NonNegative
 from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
-from adamal_kernels.oracle import TOLERANCES, is_within
 from adamal_kernels.verify import same_bits
+from adamal_kernels.verify.oracle import TOLERANCES, is_within
 
 DOUBLE = DtypePair(torch.float64, torch.float64)
 SINGLE = DtypePair(torch.float32, torch.float32)

@@ -24,9 +24,9 @@ from adamal_kernels.core.rows import (
     project_rows,
 )
 from adamal_kernels.core.storage import compute_dtype
-from adamal_kernels.oracle import TOLERANCES, nearest_point
 from adamal_kernels.projections import CoupledSet
 from adamal_kernels.verify import same_bits
+from adamal_kernels.verify.oracle import TOLERANCES, nearest_point
 
 SETS = (L2Ball, L1Ball, Simplex)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -22,8 +22,8 @@ from adamal_kernels.bench.cases import CASES, SCALING, BenchCase
 from adamal_kernels.bench.contenders import BASELINE, OURS, PEERS, Contender
 from adamal_kernels.bench.measure import Sample, Spread
 from adamal_kernels.bench.run import Pace, Venue, time_case
-from adamal_kernels.cases import Case, cases
 from adamal_kernels.core.bucket import Bucket
+from adamal_kernels.verify.cases import Case, cases
 
 CPU = torch.device("cpu")
 PLENTY = Venue(CPU, 1 << 40)

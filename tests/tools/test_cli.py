@@ -19,12 +19,13 @@ import torch
 from rich.console import Console
 
 import adamal_kernels
-from adamal_kernels import __main__, backends, command_line, verify
+from adamal_kernels import __main__, backends, command_line
 from adamal_kernels.backends import BACKENDS
-from adamal_kernels.cases import QUICK_STEPS, Case, cases, quick_cases
 from adamal_kernels.core.bucket import Bucket
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.storage import DTYPE_PAIRS
+from adamal_kernels.verify import parity as verify
+from adamal_kernels.verify.cases import QUICK_STEPS, Case, cases, quick_cases
 
 ROOT = Path(adamal_kernels.__file__).parents[1]
 FEW: list[Case] = [case for case in cases() if case.variant == "box"][::11]

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from adamal_kernels.cases import Case
 from adamal_kernels.verify import Values
+from adamal_kernels.verify.cases import Case
 from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import build, memcheck, parity, sections
 from benchmarks.gpu_check.machine import PLANNED

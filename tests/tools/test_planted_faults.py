@@ -538,7 +538,7 @@ PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "verify finds nothing": (
         Fault(
-            "adamal_kernels/verify.py",
+            "adamal_kernels/verify/parity.py",
             "return not any(outcome.mismatches",
             "return True or any(outcome.mismatches",
         ),

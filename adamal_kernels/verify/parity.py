@@ -17,9 +17,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from torch import Tensor
 
-from .backends import BACKENDS
-from .cases import QUICK_STEPS, STEPS, Case, cases, quick_cases
-from .command_line import (
+from ..backends import BACKENDS
+from ..command_line import (
     JsonOutput,
     add_device,
     add_json,
@@ -28,11 +27,12 @@ from .command_line import (
     deadline,
     print_table,
 )
-from .core.bucket import BucketKey
-from .core.buffers import SecondMoment
-from .optimizer import Adam, AdamAL
+from ..core.bucket import BucketKey
+from ..core.buffers import SecondMoment
+from ..optimizer import Adam, AdamAL
+from ..projections import CoupledSet
+from .cases import QUICK_STEPS, STEPS, Case, cases, quick_cases
 from .oracle import Oracle, OracleOptions, is_within
-from .projections import CoupledSet
 
 __all__ = [
     "Outcome",
@@ -191,7 +191,7 @@ class Verification:
         backends: their names. Default: all that are made for the devices.
         device: the only one to check on. Default: the CPU, and the first CUDA device if there is
             one.
-        table: the cases. Default: all of :func:`adamal_kernels.cases.cases`.
+        table: the cases. Default: all of :func:`adamal_kernels.verify.cases.cases`.
         steps: steps a case takes, at least 1.
         against: the backend whose bits are the measure: ``"reference"`` on each device, or
             ``"cpu"``, on the CPU whatever the device.

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .core.buffers import SecondMoment
-from .core.rows import inside_tolerance
-from .projections import CoupledSet, L1Ball, L2Ball, Simplex
+from ..core.buffers import SecondMoment
+from ..core.rows import inside_tolerance
+from ..projections import CoupledSet, L1Ball, L2Ball, Simplex
 
 __all__ = ["TOLERANCES", "Oracle", "OracleOptions", "Tolerance", "is_within", "nearest_point"]
 
@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 class Tolerance(NamedTuple):
-    """How far a backend may be from the oracle after :data:`adamal_kernels.cases.STEPS` steps."""
+    """How far a backend may be from the oracle after :data:`.cases.STEPS` steps."""
 
     rtol: float
     atol: float

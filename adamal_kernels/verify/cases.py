@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core.buffers import SecondMoment
-from .core.storage import DTYPE_PAIRS, DtypePair
-from .projections import Box, L1Ball, L2Ball, NonNegative, Simplex
+from ..core.buffers import SecondMoment
+from ..core.storage import DTYPE_PAIRS, DtypePair
+from ..projections import Box, L1Ball, L2Ball, NonNegative, Simplex
 
 __all__ = ["QUICK_STEPS", "STEPS", "Case", "cases", "quick_cases"]
 
