@@ -21,7 +21,7 @@ from torch import Tensor
 from adamal_kernels import Adam, AdamAL
 from adamal_kernels.backends.eager.reference import ReferenceBackend
 from adamal_kernels.backends.triton.backend import TritonBackend
-from adamal_kernels.backends.triton.plan import TensorEntry, tensor_table
+from adamal_kernels.backends.triton.tables import TensorEntry, tensor_table
 from adamal_kernels.core.bucket import Bucket, BucketKey
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.scalars import StepOptions, derive_step_scalars

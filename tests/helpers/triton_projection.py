@@ -216,7 +216,7 @@ def check_more_chunks_than_lanes() -> None:
     """Check the two sums of a row of more chunks than lanes: as launches and as a program do it."""
     from adamal_kernels.backends.triton import long_rows as triton_long_rows
     from adamal_kernels.backends.triton import rows as triton_rows
-    from adamal_kernels.backends.triton.plan import TensorEntry, set_table, tensor_table
+    from adamal_kernels.backends.triton.tables import TensorEntry, set_table, tensor_table
 
     float64 = DtypePair(torch.float64, torch.float64)
     key = BucketKey(CPU, float64, SecondMoment.MONOTONE, coupled=True)

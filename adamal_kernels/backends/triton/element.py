@@ -19,7 +19,7 @@ from ...core.bucket import BucketKey
 from ...core.buffers import SecondMoment
 from ...core.scalars import StepScalars
 from ...core.storage import compute_dtype
-from .plan import TENSOR_WORDS
+from .tables import TENSOR_WORDS
 
 __all__ = [
     "BLOCK",

@@ -24,8 +24,8 @@ from . import element
 from . import norm as triton_norm
 from . import scalars as triton_scalars
 from . import watch as triton_watch
-from .plan import TENSOR_WORDS
 from .projection import ProjectionTables, prepare_projection, projection_tables
+from .tables import TENSOR_WORDS
 
 __all__ = ["Launcher", "prepare_launch", "triton_version"]
 

@@ -13,7 +13,7 @@ from ...core.bucket import BucketKey
 from ...core.norm import LANES, chunk_elements
 from ...core.storage import compute_dtype
 from .element import BLOCK, DTYPES, elements
-from .plan import TENSOR_WORDS
+from .tables import TENSOR_WORDS
 
 __all__ = [
     "chunk_levels",

@@ -15,7 +15,7 @@ from ...core.bucket import BucketKey
 from ...core.norm import chunk_elements
 from . import long_rows as triton_long_rows
 from . import rows as triton_rows
-from .plan import SetEntry
+from .tables import SetEntry
 
 __all__ = ["EVALUATIONS", "ProjectionTables", "prepare_projection", "projection_tables"]
 

@@ -26,7 +26,6 @@ from ...core.rows import MOST_RUNS
 from ...core.scalars import StepScalars
 from ...core.storage import compute_dtype
 from .element import DTYPES, ROWS_HEADER, divide, sqrt
-from .plan import SET_WORDS, TENSOR_WORDS, SetEntry
 from .sets import (
     FOUND,
     LEAST_METRIC,
@@ -38,6 +37,7 @@ from .sets import (
     set_terms,
     size_term,
 )
+from .tables import SET_WORDS, TENSOR_WORDS, SetEntry
 
 __all__ = [
     "TILES",

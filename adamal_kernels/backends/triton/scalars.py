@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ...core.scalars import COUNT_BITS, StepScalars
 from .element import ROWS_HEADER
-from .plan import OptionEntry, ScalarSource
+from .tables import OptionEntry, ScalarSource
 
 __all__ = ["TENSORS_PER_PROGRAM", "derive_kernel"]
 
