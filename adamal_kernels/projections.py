@@ -3,7 +3,7 @@
 The projection of Algorithm 1 (paper, section 3.3, line 8) is the nearest point of the set in the
 metric ``diag(d)``, ``d = sqrt(v) / sqrt(1 - beta2**t) + eps``. For a product of intervals it does
 not depend on ``d``: it is the clamp, and runs inside the step's kernel. The balls and the simplex
-couple elements; how is in :mod:`adamal_kernels.core.rows`.
+couple elements; how is in :mod:`adamal_kernels.backends.eager.sets`.
 """
 
 from __future__ import annotations

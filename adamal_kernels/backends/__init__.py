@@ -6,13 +6,11 @@ no options, no environment. It is one module and one line in :data:`BACKENDS`.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
-import torch
-from torch import Tensor
-
-from ..core.bucket import Bucket, BucketKey
+from ..core.bucket import BucketKey
 from ..user_warning import warn_user
+from .base import Backend
 from .eager.foreach import ForeachBackend
 from .eager.reference import ReferenceBackend
 from .native import CpuBackend, CudaBackend
@@ -28,33 +26,6 @@ __all__ = [
     "check_request",
     "pick",
 ]
-
-
-class Backend(Protocol):
-    """What the optimizer asks of a backend."""
-
-    name: str
-    device_types: tuple[str, ...] | None
-    """Types of the devices it is made for; None for any."""
-
-    def unavailable(self, device: torch.device) -> str | None:
-        """Why nothing on ``device`` can be stepped here, with the remedy; None if it can."""
-
-    def unsupported(self, key: BucketKey) -> str | None:
-        """Why this kind of bucket cannot be stepped, with the remedy; None if it can."""
-
-    def squared_norm(self, bucket: Bucket) -> Tensor:
-        """Return the sum of squares of the bucket's gradients, of which alone it has any yet.
-
-        A float64 scalar on the bucket's device, added in the order of
-        :mod:`adamal_kernels.core.norm`.
-        """
-
-    def watched_elements(self, key: BucketKey) -> int | None:
-        """Return how many elements a watched step keeps a record of; None: all of a tensor."""
-
-    def step(self, bucket: Bucket) -> None:
-        """Step the bucket's parameters and moments in place, and its records if it has any."""
 
 
 BACKENDS: dict[str, Backend] = {

@@ -1,4 +1,4 @@
-"""What watched steps keep of each parameter until it is read, and the eager backends' part in it.
+"""What watched steps keep of each parameter until it is read.
 
 A record is the words of :class:`Record`, one after another in an int64 tensor; some of them are
 the bits of a float64, which holds values of the compute type as they are. A backend keeps one for
@@ -10,19 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .rounding import rounded_sqrt
-from .scalars import StepScalars, as_float64
+from .bucket import BucketKey
 
-if TYPE_CHECKING:
-    from ..backends import Backend
-    from .bucket import BucketKey
-
-__all__ = ["WORDS", "Record", "WatchRecords", "record_steps"]
+__all__ = ["COUNTS", "WORDS", "Record", "Recorder", "WatchRecords", "unpacked"]
 
 
 class Record(NamedTuple):
@@ -48,8 +43,17 @@ class Record(NamedTuple):
 
 
 WORDS = len(Record._fields)
-_COUNTS = 3
+COUNTS = 3
 """Words that are integers; the others are float64."""
+
+
+class Recorder(Protocol):
+    """What is asked of a backend to make room for its records."""
+
+    name: str
+
+    def watched_elements(self, key: BucketKey) -> int | None:
+        """See :class:`adamal_kernels.backends.Backend`."""
 
 
 class WatchRecords:
@@ -68,7 +72,7 @@ class WatchRecords:
         return shared
 
     def of_bucket(
-        self, owners: Iterable[Tensor], numels: Sequence[int], backend: Backend, key: BucketKey
+        self, owners: Iterable[Tensor], numels: Sequence[int], backend: Recorder, key: BucketKey
     ) -> list[Tensor]:
         """Return the records of parameters that ``backend`` steps in a bucket of kind ``key``.
 
@@ -97,7 +101,7 @@ class WatchRecords:
         return [self._kept[owner][1] for owner in owners]
 
     def would_forget(
-        self, owners: Sequence[Tensor], numels: Sequence[int], backend: Backend, key: BucketKey
+        self, owners: Sequence[Tensor], numels: Sequence[int], backend: Recorder, key: BucketKey
     ) -> bool:
         """Whether :meth:`of_bucket` of the same would begin some parameter's statistics anew."""
         for owner, numel in zip(owners, numels, strict=True):
@@ -115,78 +119,17 @@ class WatchRecords:
         self._kept.clear()
 
 
-def _kind_of(backend: Backend, key: BucketKey, numel: int) -> tuple[Any, ...]:
+def _kind_of(backend: Recorder, key: BucketKey, numel: int) -> tuple[Any, ...]:
     return backend.name, key.device, key.dtypes.param, numel
 
 
 def _new_records(count: int, device: torch.device) -> Tensor:
     record = torch.tensor(Record(), dtype=torch.float64, device="cpu")
-    words = torch.cat([record[:_COUNTS].to(torch.int64), record[_COUNTS:].view(torch.int64)])
+    words = torch.cat([record[:COUNTS].to(torch.int64), record[COUNTS:].view(torch.int64)])
     return words.repeat(count, 1).to(device)
 
 
 def unpacked(records: Tensor) -> Record:
     """Return the columns of records as tensors of the words' own types."""
-    counts, values = records[:, :_COUNTS], records[:, _COUNTS:]
+    counts, values = records[:, :COUNTS], records[:, COUNTS:]
     return Record(*counts.unbind(1), *values.view(torch.float64).unbind(1))
-
-
-@torch.no_grad()
-def record_steps(
-    records: Sequence[Tensor],
-    before: Sequence[Tensor],
-    after: Sequence[Tensor],
-    rows: Sequence[StepScalars],
-    skip: Tensor | None,
-) -> None:
-    """Record what steps by eager operators came to: the formulas of ``csrc/formula/watch.h``.
-
-    Args:
-        records: of each tensor one or, where it has no elements, none.
-        before: what each tensor's denominator was made of in the last step.
-        after: what it is made of now.
-        rows: each tensor's scalars, numbers or tensors.
-        skip: a boolean of the device: whether the step was skipped, and nothing is recorded.
-    """
-    for record, old, new, row in zip(records, before, after, rows, strict=True):
-        if old.numel() == 0:
-            continue
-        last = Record(*(word[0] for word in unpacked(record)))
-        words = _recorded(last, old.detach(), new.detach(), row)
-        fresh = torch.cat(
-            [
-                torch.stack(words[:_COUNTS]),
-                torch.stack([w.double() for w in words[_COUNTS:]]).view(torch.int64),
-            ]
-        )
-        record[0].copy_(fresh if skip is None else torch.where(skip, record[0], fresh))
-
-
-def _recorded(last: Record, before: Tensor, after: Tensor, row: StepScalars) -> Record:
-    def scalar(value: float | Tensor) -> Tensor:
-        return as_float64(value, after.device).to(after.dtype).detach()
-
-    step_size, bias2_sqrt, eps = map(scalar, (row.step_size, row.bias2_sqrt, row.eps))
-    stands = ~(step_size > 0)
-    scale = torch.where(stands, math.nan, scalar(1) / (bias2_sqrt * step_size))
-    offset = torch.where(stands, math.nan, eps / step_size)
-    last_scale, last_offset = last.budget_scale.to(after.dtype), last.budget_offset.to(after.dtype)
-    scale_change, offset_change = scale - last_scale, offset - last_offset
-
-    root, last_root = rounded_sqrt(after), rounded_sqrt(before)
-    change = (root * scale_change + offset_change) + last_scale * (root - last_root)
-    least = torch.where(change.isnan(), math.inf, change).amin()
-    d = root / bias2_sqrt + eps
-    grown = (after > before).sum()
-    since = last.steps_since_growth
-    return Record(
-        steps=last.steps + 1,
-        steps_since_growth=torch.where(grown > 0, 0, torch.where(since < 0, since, since + 1)),
-        grown=grown,
-        smallest_denominator=d.amin(),
-        largest_denominator=d.amax(),
-        least_budget_change=torch.where(scale_change.isnan(), math.nan, least),
-        step_size=step_size,
-        budget_scale=scale,
-        budget_offset=offset,
-    )

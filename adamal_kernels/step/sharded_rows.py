@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.eager.sets import project
 from ..core.bucket import Bucket
-from ..core.rows import coupled_rows, project
+from ..core.rows import coupled_rows
 from ..core.scalars import StepScalars, as_float64, derive_step_scalars
 from ..core.storage import compute_dtype
 from .entry import Entry

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from adamal_kernels import L1Ball, L2Ball, Simplex
+from adamal_kernels.backends.eager.sets import project, project_rows
 from adamal_kernels.core.buffers import SecondMoment
-from adamal_kernels.core.rows import coupled_rows, project, project_rows
+from adamal_kernels.core.rows import coupled_rows
 from adamal_kernels.core.scalars import StepScalars
 from adamal_kernels.core.storage import DTYPE_PAIRS, compute_dtype
 from helpers.device_kernels import expected_case

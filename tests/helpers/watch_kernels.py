@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from adamal_kernels.backends.eager.watch import record_steps
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.scalars import StepScalars
-from adamal_kernels.core.stats import WORDS, Record, record_steps, unpacked
+from adamal_kernels.core.stats import WORDS, Record, unpacked
 from adamal_kernels.core.storage import DTYPE_PAIRS, compute_dtype
 from helpers.native_harness import Array, Command, Harness, StepCase, TensorCase
 from helpers.native_walk import check, expected_tensor, make_scalars, make_tensor

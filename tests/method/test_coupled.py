@@ -15,14 +15,10 @@ from helpers.support import Place, refused
 from torch import Tensor
 
 from adamal_kernels import Adam, AdamAL, L1Ball, L2Ball, Simplex
-from adamal_kernels.core import rows as coupled
+from adamal_kernels.backends.eager import sets as coupled
+from adamal_kernels.backends.eager.sets import project_rows
 from adamal_kernels.core.norm import chunk_elements
-from adamal_kernels.core.rows import (
-    coupled_rows,
-    inside_tolerance,
-    multiplier_strides,
-    project_rows,
-)
+from adamal_kernels.core.rows import coupled_rows, inside_tolerance, multiplier_strides
 from adamal_kernels.core.storage import compute_dtype
 from adamal_kernels.projections import CoupledSet
 from adamal_kernels.verify import same_bits

@@ -8,21 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...core.bucket import Bucket, BucketKey
+from ...core.bucket import Bucket
 from ...core.buffers import SecondMoment
-from ...core.norm import squared_norm
 from ...core.rounding import rounded_sqrt
-from ...core.rows import project_bucket
 from ...core.scalars import StepScalars, derive_step_scalars
-from ...core.stats import record_steps
-from ...core.storage import DTYPE_PAIRS, compute_dtype
+from ...core.storage import compute_dtype
+from ..base import EagerBackend
 from .foreach_cpu import step_in_pieces
 from .scalars import device_rows
+from .sets import project_bucket
+from .watch import record_steps
 
 __all__ = ["ForeachBackend"]
 
 
-class ForeachBackend:
+class ForeachBackend(EagerBackend):
     """All tensors of a bucket by one foreach call an operation; on CPUs in pieces, packed.
 
     Only foreach operators of one rounding are used: ``_foreach_lerp_``, ``_foreach_addcdiv_`` and
@@ -30,23 +30,6 @@ class ForeachBackend:
     """
 
     name = "foreach"
-    device_types = None
-
-    def unavailable(self, device: torch.device) -> str | None:
-        """See :class:`adamal_kernels.backends.Backend`."""
-        return None
-
-    def unsupported(self, key: BucketKey) -> str | None:
-        """See :class:`adamal_kernels.backends.Backend`."""
-        return None if key.dtypes in DTYPE_PAIRS else f"{key.dtypes} is not in DTYPE_PAIRS"
-
-    def squared_norm(self, bucket: Bucket) -> Tensor:
-        """See :class:`adamal_kernels.backends.Backend`."""
-        return squared_norm(bucket.grads, compute_dtype(bucket.key.dtypes.param))
-
-    def watched_elements(self, key: BucketKey) -> int | None:
-        """See :class:`adamal_kernels.backends.Backend`."""
-        return None
 
     def step(self, bucket: Bucket) -> None:
         """See :class:`adamal_kernels.backends.Backend`."""

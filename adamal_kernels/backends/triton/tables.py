@@ -1,6 +1,6 @@
 """The tables that kernels read, row by row: of tensors, of sets and of what scalars are made of.
 
-Their twins are in ``csrc/plan_triton.cpp``.
+Their twins are in ``csrc/plan/triton_plan.cpp``.
 """
 
 from __future__ import annotations
