@@ -27,7 +27,8 @@ from .core.stats import WatchRecords
 from .modes import compiled, in_backward
 from .modes.in_backward import InBackwardHandle, StepperInBackward
 from .projections import Projection
-from .step.entry import check_parameter, is_frozen
+from .step.checks import check_parameter
+from .step.entry import is_frozen
 from .step.options import (
     check_betas_of_one_kind,
     check_capturable,

@@ -40,7 +40,8 @@ from torch import Tensor
 from ..core.buffers import BUFFERS, SecondMoment
 from ..core.scalars import StepInputs
 from ..projections import CoupledSet
-from ..step.entry import is_frozen, prepare_state
+from ..step.checks import prepare_state
+from ..step.entry import is_frozen
 from ..step.options import check_capturable
 from ..step.sharded import is_sharded, mark_like
 

@@ -14,9 +14,9 @@ from ..core.bucket import BucketKey
 from ..core.rows import CoupledRows
 from ..core.stats import WatchRecords
 from ..projections import Projection
-from .entry import is_shared
 from .options import GroupOptions
 from .sharded import local_part, sharded_class
+from .state import is_shared
 
 __all__ = ["Binding", "bind", "bound_places"]
 

@@ -23,15 +23,8 @@ from ..core.rounding import rounded_sqrt
 from ..core.rows import coupled_rows
 from ..core.scalars import StepInputs, derive_step_scalars, move_scalar
 from ..core.stats import WatchRecords
-from .entry import (
-    Entry,
-    check_entry,
-    check_overlaps,
-    check_state,
-    named_tensors,
-    resting_entry,
-    state_of,
-)
+from .checks import check_entry, check_overlaps, check_state, resting_entry
+from .entry import Entry
 from .fast_path import Binding, bind, bound_places
 from .options import GroupOptions
 from .sharded import (
@@ -45,6 +38,7 @@ from .sharded import (
     reduce_squared_norms,
 )
 from .sharded_rows import Stepped, project_split_rows
+from .state import named_tensors, state_of
 from .unchanged import LastStep
 
 __all__ = ["Plan"]
