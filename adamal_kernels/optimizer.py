@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,20 +21,18 @@ from torch.optim.optimizer import (
 from .backends import BackendName
 from .checkpoints.foreign import as_torch_adam
 from .checkpoints.merge import feed_back_maxima, merge_groups, merge_state, packed
-from .core.scalars import StepInputs
-from .core.stats import WatchRecords
 from .modes import compiled, in_backward
-from .modes.in_backward import InBackwardHandle, StepperInBackward
+from .modes.in_backward import InBackwardHandle
 from .projections import Projection
 from .step.checks import check_parameter
 from .step.entry import is_frozen
+from .step.host import Host
 from .step.options import (
     check_betas_of_one_kind,
     check_capturable,
     check_max_grad_norm,
     check_options,
     pair_of_betas,
-    read_options,
 )
 from .step.sharded import check_process_group, is_flat_shard, zero_redundancy_optimizer
 from .step.stepper import Plan
@@ -43,11 +40,8 @@ from .watch import Watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 __all__ = ["Adam", "AdamAL", "AdamALW", "AdamW"]
-
-_NO_INPUTS = StepInputs()
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 
@@ -88,13 +82,9 @@ def _check_is_eager(name: str) -> None:
         raise RuntimeError(f"{name} cannot be compiled; read it outside of the compiled function")
 
 
-class _AdamBase(Optimizer):
+class _AdamBase(Host):
     """Everything the optimizers share; the signature of :class:`torch.optim.Adam` and more."""
 
-    _monotone: ClassVar[bool]
-    _in_backward: Sequence[StepperInBackward] = ()
-    _records: WatchRecords | None = None
-    _zero: weakref.ref[ZeroRedundancyOptimizer] | None = None
     _runs_hooks = False
 
     def __init__(
@@ -294,44 +284,6 @@ class _AdamBase(Optimizer):
             )
         return Watch(self)
 
-    def _leave_to_backward(self, steppers: Sequence[StepperInBackward]) -> None:
-        self._in_backward = steppers
-        self._plan.stepped_apart = {param for stepper in steppers for param in stepper.params}
-
-    def _inputs(self) -> StepInputs:
-        # torch.amp.GradScaler sets both before it calls step(), and takes them away again.
-        grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
-        max_grad_norm = self._plan.max_grad_norm
-        if self._zero is not None:
-            self._check_zero_holds_no_norm()
-        if grad_scale is None and found_inf is None and max_grad_norm is None:
-            return _NO_INPUTS
-        if type(found_inf) is int and found_inf == 0:
-            # The scaler's sum over the devices of gradients, where there are none.
-            found_inf = None
-        for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
-            if value is not None and (not isinstance(value, Tensor) or value.numel() != 1):
-                raise TypeError(
-                    f"optimizer.{name} must be a Tensor of one element, as torch.amp.GradScaler "
-                    f"sets it, or None; got {value!r}"
-                )
-        return StepInputs(
-            grad_scale,
-            found_inf,
-            max_grad_norm=math.inf if max_grad_norm is None else max_grad_norm,
-        )
-
-    def _check_zero_holds_no_norm(self) -> None:
-        """Refuse what was set on a ZeroRedundancyOptimizer, which hands nothing on."""
-        zero = None if self._zero is None else self._zero()
-        for name in ("max_grad_norm", "grad_norm_group"):
-            if name in getattr(zero, "__dict__", ()):
-                raise RuntimeError(
-                    f"{name} is set on the ZeroRedundancyOptimizer, which hands only param groups "
-                    f"on; delete it there and set zero.optim.{name}"
-                )
-
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """What GradScaler asks: whether to leave unscaling, and skipping, to the step.
@@ -498,9 +450,6 @@ class _AdamBase(Optimizer):
             "_lacks_group": self._plan.lacks_group or self._plan.grad_norm_group is not None,
             "skipped_steps": self._plan.skipped_steps,
         }
-
-    def _options(self, group: dict[str, Any]) -> Any:
-        return read_options(group, optimizer=type(self).__name__, monotone=self._monotone)
 
 
 class _Decoupled(_AdamBase):

@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +20,8 @@ from .core.stats import WORDS, Record, WatchRecords, unpacked
 from .core.storage import compute_dtype, real_dtype
 from .projections import CoupledSet, is_known_set
 from .step.entry import is_frozen
+from .step.host import Host
 from .step.sharded import local_part, splits_rows
-
-if TYPE_CHECKING:
-    from .optimizer import _AdamBase
 
 __all__ = ["ParameterStatistics", "Watch"]
 
@@ -75,7 +73,7 @@ class Watch:
     alone waits for the device.
     """
 
-    def __init__(self, optimizer: _AdamBase) -> None:
+    def __init__(self, optimizer: Host) -> None:
         """Switch watching on."""
         self._optimizer = optimizer
         self._records = optimizer._records = WatchRecords()

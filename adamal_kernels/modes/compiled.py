@@ -32,7 +32,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,22 +42,20 @@ from ..core.scalars import StepInputs
 from ..projections import CoupledSet
 from ..step.checks import prepare_state
 from ..step.entry import is_frozen
+from ..step.host import Host
 from ..step.options import check_capturable
 from ..step.sharded import is_sharded, mark_like
 
-if TYPE_CHECKING:
-    from ..optimizer import _AdamBase
-
 __all__ = ["new_handle", "step"]
 
-_optimizers: weakref.WeakValueDictionary[str, _AdamBase] = weakref.WeakValueDictionary()
+_optimizers: weakref.WeakValueDictionary[str, Host] = weakref.WeakValueDictionary()
 _counter = itertools.count()
 
 # Tensor options are numbered through the groups: lr, beta1 and beta2 of the first, and so on.
 _TENSOR_OPTIONS = 3
 
 
-def new_handle(optimizer: _AdamBase) -> str:
+def new_handle(optimizer: Host) -> str:
     """Return a name by which compiled code finds ``optimizer``, which it does not keep alive."""
     # Here, because it imports Dynamo; so does torch's constructor, and nothing before it.
     torch.compiler.assume_constant_result(_prepare)
@@ -67,7 +65,7 @@ def new_handle(optimizer: _AdamBase) -> str:
     return handle
 
 
-def step(optimizer: _AdamBase, closure: Callable[[], Any] | None) -> Any:
+def step(optimizer: Host, closure: Callable[[], Any] | None) -> Any:
     """Put the step into the graph that Dynamo is tracing; see ``AdamAL.step``."""
     loss = None
     if closure is not None:
@@ -150,7 +148,7 @@ def _tensor_option(groups: Sequence[dict[str, Any]], place: int) -> Any:
     return group["lr"] if which == 0 else group["betas"][which - 1]
 
 
-def _check_traceable(optimizer: _AdamBase) -> None:
+def _check_traceable(optimizer: Host) -> None:
     if optimizer._in_backward:
         raise RuntimeError(
             f"{type(optimizer).__name__} steps in backward, which is not the compiled function's; "
@@ -239,7 +237,7 @@ class _Given(NamedTuple):
     state: dict[str, Tensor]
 
 
-def _live(handle: str) -> _AdamBase:
+def _live(handle: str) -> Host:
     optimizer = _optimizers.get(handle)
     if optimizer is None:
         raise RuntimeError(
@@ -255,9 +253,7 @@ def _kind(group: dict[str, Any]) -> tuple[SecondMoment, bool]:
     return second_moment, isinstance(group["projection"], CoupledSet)
 
 
-def _add_buffers(
-    optimizer: _AdamBase, given: Mapping[int, _Given], tensors: Iterable[Tensor]
-) -> None:
+def _add_buffers(optimizer: Host, given: Mapping[int, _Given], tensors: Iterable[Tensor]) -> None:
     """Add the buffers to the state of the parameters that have them, in the order of `step`."""
     kinds = [_kind(group) for group in optimizer.param_groups for _ in group["params"]]
     places = [
@@ -270,7 +266,7 @@ def _add_buffers(
         held[key] = tensor
 
 
-def _step_given(optimizer: _AdamBase, given: Mapping[int, _Given], inputs: StepInputs) -> None:
+def _step_given(optimizer: Host, given: Mapping[int, _Given], inputs: StepInputs) -> None:
     _check_traceable(optimizer)
     is_captured = check_capturable(optimizer.param_groups, type(optimizer).__name__)
     optimizer._opt_called = True
@@ -289,7 +285,7 @@ def _step_given(optimizer: _AdamBase, given: Mapping[int, _Given], inputs: StepI
         )
 
 
-def _is_own(optimizer: _AdamBase, param: Tensor, given: _Given) -> bool:
+def _is_own(optimizer: Host, param: Tensor, given: _Given) -> bool:
     """Whether the tensors given are those of the optimizer, and not copies."""
     held = optimizer.state.get(param, {})
     return _is_same(param, given.param) and all(
@@ -307,7 +303,7 @@ def _is_same(first: Tensor, second: Tensor) -> bool:
 
 
 def _step_copies(
-    optimizer: _AdamBase, given: Mapping[int, _Given], inputs: StepInputs, is_captured: bool
+    optimizer: Host, given: Mapping[int, _Given], inputs: StepInputs, is_captured: bool
 ) -> None:
     """Step copies of the optimizer's tensors, which the graph copies back."""
     groups = []

@@ -5,18 +5,16 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..core.scalars import StepInputs
+from ..step.host import Host
 from ..step.options import check_capturable
 from ..step.stepper import Plan
 from ..user_warning import warn_user
-
-if TYPE_CHECKING:
-    from ..optimizer import _AdamBase
 
 __all__ = ["InBackwardHandle", "StepperInBackward", "check_inputs", "step_in_backward"]
 
@@ -24,7 +22,7 @@ __all__ = ["InBackwardHandle", "StepperInBackward", "check_inputs", "step_in_bac
 class InBackwardHandle:
     """What ``optimizer.step_in_backward()`` returns: ends it by :meth:`remove` or as a context."""
 
-    def __init__(self, optimizer: _AdamBase, stepper: StepperInBackward) -> None:
+    def __init__(self, optimizer: Host, stepper: StepperInBackward) -> None:
         """Keep the optimizer alive, which the parameters' hooks do not."""
         self._optimizer = optimizer
         self._stepper = stepper
@@ -58,7 +56,7 @@ class StepperInBackward:
     A parameter whose hook led back to it, through C++, would never be freed.
     """
 
-    def __init__(self, optimizer: _AdamBase, params: Iterable[Tensor]) -> None:
+    def __init__(self, optimizer: Host, params: Iterable[Tensor]) -> None:
         """Register a hook on each of ``params``, which are the optimizer's."""
         self._optimizer = weakref.ref(optimizer)
         places = {
@@ -143,7 +141,7 @@ class _Hook:
 
 
 def step_in_backward(
-    optimizer: _AdamBase, model: nn.Module | Iterable[Tensor] | None
+    optimizer: Host, model: nn.Module | Iterable[Tensor] | None
 ) -> InBackwardHandle:
     """Step parameters in backward from now on; see ``AdamAL.step_in_backward``."""
     check_inputs(optimizer._inputs())
@@ -188,7 +186,7 @@ def _check_group(group: dict[str, Any]) -> None:
         )
 
 
-def _chosen(optimizer: _AdamBase, model: nn.Module | Iterable[Tensor] | None) -> Sequence[Tensor]:
+def _chosen(optimizer: Host, model: nn.Module | Iterable[Tensor] | None) -> Sequence[Tensor]:
     """Return which of the optimizer's parameters ``model`` names."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if model is None:
@@ -215,7 +213,7 @@ def _chosen(optimizer: _AdamBase, model: nn.Module | Iterable[Tensor] | None) ->
     return chosen
 
 
-def _group_of(optimizer: _AdamBase, param: Tensor, place: tuple[int, int]) -> dict[str, Any] | None:
+def _group_of(optimizer: Host, param: Tensor, place: tuple[int, int]) -> dict[str, Any] | None:
     """Return the parameter's group, which a checkpoint or the user may have replaced."""
     groups = optimizer.param_groups
     g, i = place
