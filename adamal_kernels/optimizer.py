@@ -35,7 +35,7 @@ from .step.options import (
     pair_of_betas,
 )
 from .step.sharded import check_process_group, is_flat_shard, zero_redundancy_optimizer
-from .step.stepper import Plan
+from .step.stepper import Stepper
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -125,14 +125,14 @@ class _AdamBase(Host):
             "projection": projection,
             "backend": backend,
         }
-        self._plan = Plan()
+        self._stepper = Stepper()
         self._handle = compiled.new_handle(self)
         self.max_grad_norm = max_grad_norm
         self.grad_norm_group = grad_norm_group
         zero = zero_redundancy_optimizer()
         if zero is not None:
             self._zero = weakref.ref(zero)
-            self._plan.grad_norm_group = zero.process_group
+            self._stepper.grad_norm_group = zero.process_group
         check_betas_of_one_kind(betas)
         check_options(defaults, optimizer=type(self).__name__, monotone=self._monotone)
         super().__init__(params, defaults)
@@ -140,7 +140,7 @@ class _AdamBase(Host):
     @property
     def backends_used(self) -> tuple[str, ...]:
         """Names of the backends that parameters were last stepped by; empty before the first."""
-        names = {*self._plan.backends_used}
+        names = {*self._stepper.backends_used}
         return tuple(sorted(names.union(*(stepper.backends_used for stepper in self._in_backward))))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -191,7 +191,7 @@ class _AdamBase(Host):
         if self._in_backward:
             in_backward.check_inputs(inputs)
         self._opt_called = True
-        self._plan.step(
+        self._stepper.step(
             self.param_groups,
             self.state,
             self._options,
@@ -305,11 +305,11 @@ class _AdamBase(Host):
         Raises:
             TypeError, ValueError: set to what is not a positive finite number.
         """
-        return self._plan.max_grad_norm
+        return self._stepper.max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        self._plan.max_grad_norm = None if value is None else check_max_grad_norm(value)
+        self._stepper.max_grad_norm = None if value is None else check_max_grad_norm(value)
 
     @property
     def grad_norm_group(self) -> ProcessGroup | None:
@@ -321,14 +321,14 @@ class _AdamBase(Host):
         Raises:
             TypeError: set to what is no process group of this process.
         """
-        return self._plan.grad_norm_group
+        return self._stepper.grad_norm_group
 
     @grad_norm_group.setter
     def grad_norm_group(self, value: ProcessGroup | None) -> None:
         if value is not None:
             check_process_group(value, "grad_norm_group")
-        self._plan.grad_norm_group = value
-        self._plan.lacks_group = False
+        self._stepper.grad_norm_group = value
+        self._stepper.lacks_group = False
 
     @property
     def last_grad_norm(self) -> Tensor | None:
@@ -338,7 +338,7 @@ class _AdamBase(Host):
         ``max_grad_norm`` was None, or before the first step.
         """
         _check_is_eager("last_grad_norm")
-        return self._plan.grad_norm
+        return self._stepper.grad_norm
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -348,9 +348,9 @@ class _AdamBase(Host):
         that a GradScaler does not call, as it does not without ``fused=True``, is not counted.
         """
         _check_is_eager("skipped_steps")
-        if self._plan.skipped_steps is None:
+        if self._stepper.skipped_steps is None:
             return torch.zeros((), dtype=torch.int64, device="cpu")
-        return self._plan.skipped_steps.clone()
+        return self._stepper.skipped_steps.clone()
 
     # torch's schedulers ask before they wrap it, which Dynamo cannot trace: they want to know of a
     # step, and _opt_called tells them.
@@ -426,17 +426,17 @@ class _AdamBase(Host):
             post_hook(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over pickled or loaded groups and state, with a plan that has bound nothing."""
+        """Take over pickled or loaded groups and state, with a stepper that has bound nothing."""
         state = dict(state)
-        plan = Plan()
-        if "_plan" in self.__dict__:
-            plan.take_over(self._plan)
+        stepper = Stepper()
+        if "_stepper" in self.__dict__:
+            stepper.take_over(self._stepper)
         else:
-            plan.skipped_steps = state.pop("skipped_steps", None)
-            plan.max_grad_norm = state.pop("_max_grad_norm", None)
-            plan.lacks_group = state.pop("_lacks_group", False)
+            stepper.skipped_steps = state.pop("skipped_steps", None)
+            stepper.max_grad_norm = state.pop("_max_grad_norm", None)
+            stepper.lacks_group = state.pop("_lacks_group", False)
         super().__setstate__(state)
-        self._plan = plan
+        self._stepper = stepper
         if self._records is not None:
             self._records.clear()
         if "_handle" not in self.__dict__:
@@ -446,9 +446,9 @@ class _AdamBase(Host):
         """Return what a pickle or a copy holds: torch's, and what is no param group's."""
         return {
             **super().__getstate__(),
-            "_max_grad_norm": self._plan.max_grad_norm,
-            "_lacks_group": self._plan.lacks_group or self._plan.grad_norm_group is not None,
-            "skipped_steps": self._plan.skipped_steps,
+            "_max_grad_norm": self._stepper.max_grad_norm,
+            "_lacks_group": self._stepper.lacks_group or self._stepper.grad_norm_group is not None,
+            "skipped_steps": self._stepper.skipped_steps,
         }
 
 

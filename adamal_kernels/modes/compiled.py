@@ -275,7 +275,7 @@ def _step_given(optimizer: Host, given: Mapping[int, _Given], inputs: StepInputs
         _step_copies(optimizer, given, inputs, is_captured)
         return
     with _gradients_as_given(params, given):
-        optimizer._plan.step(
+        optimizer._stepper.step(
             optimizer.param_groups,
             optimizer.state,
             optimizer._options,
@@ -326,7 +326,7 @@ def _step_copies(
             owners[param] = own
         groups.append({**group, "params": params})
     records = None if optimizer._records is None else optimizer._records.of_copies(owners)
-    optimizer._plan.step(
+    optimizer._stepper.step(
         groups,
         state,
         optimizer._options,

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..core.scalars import StepInputs
 from ..step.host import Host
 from ..step.options import check_capturable
-from ..step.stepper import Plan
+from ..step.stepper import Stepper
 from ..user_warning import warn_user
 
 __all__ = ["InBackwardHandle", "StepperInBackward", "check_inputs", "step_in_backward"]
@@ -42,12 +42,12 @@ class InBackwardHandle:
 
 
 class _Own(NamedTuple):
-    """What the optimizer is to one parameter: a group of its own, so that its plan stays bound."""
+    """What the optimizer is to one parameter: its own group, and a stepper that stays bound."""
 
     place: tuple[int, int]
     groups: list[dict[str, Any]]
     state: defaultdict[Tensor, dict[str, Any]]
-    plan: Plan
+    stepper: Stepper
 
 
 class StepperInBackward:
@@ -65,7 +65,7 @@ class StepperInBackward:
             for i, param in enumerate(group["params"])
         }
         self._own = {
-            param: _Own(places[param], [{"params": [param]}], defaultdict(dict), Plan())
+            param: _Own(places[param], [{"params": [param]}], defaultdict(dict), Stepper())
             for param in params
         }
         self._handles = [_register(param, _Hook(self)) for param in self._own]
@@ -78,7 +78,7 @@ class StepperInBackward:
     @property
     def backends_used(self) -> set[str]:
         """Names of the backends that they were last stepped by."""
-        return {name for own in self._own.values() for name in own.plan.backends_used}
+        return {name for own in self._own.values() for name in own.stepper.backends_used}
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -107,7 +107,7 @@ class StepperInBackward:
             own.state[param] = held
         else:
             own.state.pop(param, None)
-        own.plan.step(
+        own.stepper.step(
             own.groups,
             own.state,
             optimizer._options,

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from ..core.scalars import StepInputs
 from ..core.stats import WatchRecords
 from .options import GroupOptions, read_options
-from .stepper import Plan
+from .stepper import Stepper
 
 if TYPE_CHECKING:
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -46,7 +46,7 @@ class Host(Optimizer):
     """Whether the second moment is AdamAL's."""
     _handle: str
     """By which compiled code finds the optimizer."""
-    _plan: Plan
+    _stepper: Stepper
     """Steps all parameters but those that are stepped apart."""
     _records: WatchRecords | None = None
     """Where the steps' statistics are kept; None: they are not watched."""
@@ -64,14 +64,14 @@ class Host(Optimizer):
     def _leave_to_backward(self, steppers: Sequence[SteppedApart]) -> None:
         """Leave their parameters to what steps them in backward."""
         self._in_backward = steppers
-        self._plan.stepped_apart = {param for stepper in steppers for param in stepper.params}
+        self._stepper.stepped_apart = {param for stepper in steppers for param in stepper.params}
 
     def _inputs(self) -> StepInputs:
         """Return what is set on the optimizer that may scale, clip or skip its next step."""
         # torch.amp.GradScaler sets both before it calls step(), and takes them away again.
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        max_grad_norm = self._plan.max_grad_norm
+        max_grad_norm = self._stepper.max_grad_norm
         if self._zero is not None:
             self._check_zero_holds_no_norm()
         if grad_scale is None and found_inf is None and max_grad_norm is None:

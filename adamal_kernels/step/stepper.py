@@ -41,7 +41,7 @@ from .sharded_rows import Stepped, project_split_rows
 from .state import named_tensors, state_of
 from .unchanged import LastStep
 
-__all__ = ["Plan"]
+__all__ = ["Stepper"]
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class _WriteBack:
     dense: Tensor
 
 
-class Plan:
+class Stepper:
     """Steps an optimizer's parameters: checks them, buckets them, hands them to backends.
 
     A step that finds everything as the last one left it is C++'s alone
@@ -60,7 +60,7 @@ class Plan:
     """
 
     def __init__(self) -> None:
-        """Make a plan with nothing bound."""
+        """Make a stepper with nothing bound."""
         self._workspaces: dict[tuple[str, BucketKey], dict[str, Any]] = {}
         self._steady_state: Any | None = None
         self._last_step: LastStep | None = None
@@ -75,7 +75,7 @@ class Plan:
         self.skipped_steps: Tensor | None = None
         """How many steps were skipped, int64; None before the first that could be."""
         self.stepped_apart: set[Tensor] = set()
-        """Parameters that another plan steps, unless this one finds a gradient."""
+        """Parameters that another stepper steps, unless this one finds a gradient."""
         self.max_grad_norm: float | None = None
         """The optimizer's. Here, because wrappers hand this object on, and not what is set."""
         self.grad_norm_group: Any | None = None
@@ -83,8 +83,8 @@ class Plan:
         self.lacks_group = False
         """Whether this is a copy, to which no process group goes, of what had one."""
 
-    def take_over(self, other: Plan) -> None:
-        """Take over what was set and counted on the plan that this one replaces."""
+    def take_over(self, other: Stepper) -> None:
+        """Take over what was set and counted on the stepper that this one replaces."""
         self.skipped_steps = other.skipped_steps
         self.stepped_apart = other.stepped_apart
         self.max_grad_norm = other.max_grad_norm

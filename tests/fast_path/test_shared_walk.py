@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamal_kernels import AdamAL
-from adamal_kernels.step import stepper as plan_module
+from adamal_kernels.step import stepper as stepper_module
 from adamal_kernels.verify import different_values
 
 TENSORS = 2100
@@ -131,7 +131,7 @@ def test_nothing_changed_is_no_python_work(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*arguments: Any) -> None:
         raise AssertionError("checked in Python")
 
-    monkeypatch.setattr(plan_module, "check_entry", refuse)
+    monkeypatch.setattr(stepper_module, "check_entry", refuse)
     many.step(3)
     rename_a_state(many)
     with pytest.raises(AssertionError, match="checked in Python"):

@@ -28,7 +28,7 @@ from helpers.steady_steps import (
 from helpers.support import Place, refused
 
 from adamal_kernels import Adam, AdamAL, Box
-from adamal_kernels import plan as plan_module
+from adamal_kernels.step import stepper as stepper_module
 from adamal_kernels.verify import different_values
 
 __all__ = ["checked", "new_pair"]  # fixtures
@@ -231,7 +231,7 @@ def test_a_shared_count_of_skipped_and_of_the_devices_steps(place: Place) -> Non
         for value in (1.0, 2.0, float("nan"), 3.0):
             param.grad = torch.full((4,), value)
             optimizer.step()
-        assert optimizer._plan._steady_state is not None
+        assert optimizer._stepper._steady_state is not None
         assert (count.item(), optimizer.skipped_steps.item()) == (3, 1)
 
 
@@ -243,7 +243,7 @@ def test_what_cannot_be_bound_has_been_stepped(
     def fail(*arguments: Any) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(plan_module, "bind", fail)
+    monkeypatch.setattr(stepper_module, "bind", fail)
     pair = Pair(place)
     with pytest.warns(RuntimeWarning, match="planted"):
         pair.step(2)
@@ -310,15 +310,15 @@ class TestCapture:
         pair = new_pair(capturable=True, max_grad_norm=max_grad_norm, betas=[0.5, 0.75])
         pair.step()
         pair.both(set_option("betas", [0.25, 0.5]))
-        steady = pair.optimizers[0]._plan._steady_state
+        steady = pair.optimizers[0]._stepper._steady_state
         capturing(True)
         pair.step()
         capturing(False)
         pair.both(replace_storage)
         pair.step(2)
         pair.assert_equal()
-        assert pair.optimizers[0]._plan._steady_state is not steady
-        assert any(steady is kept for kept in pair.optimizers[0]._plan._captured[0])
+        assert pair.optimizers[0]._stepper._steady_state is not steady
+        assert any(steady is kept for kept in pair.optimizers[0]._stepper._captured[0])
 
     def test_what_is_not_bound_is_refused(
         self, new_pair: Callable[..., Pair], capturing: Callable[[bool], None]
@@ -371,7 +371,7 @@ class TestCapture:
         count = optimizer.state[param]["step"]
         optimizer.state.clear()
         assert count.item() == 2
-        assert any(count is kept for kept in optimizer._plan._captured[0][0])
+        assert any(count is kept for kept in optimizer._stepper._captured[0][0])
 
 
 def switch_amsgrad(optimizer: Any, params: list[torch.Tensor]) -> None:
@@ -456,7 +456,7 @@ def steady_state_of(groups: list[dict[str, Any]], backend: str) -> tuple[AdamAL,
             for p in group["params"]:
                 p.grad = torch.ones_like(p)
         optimizer.step()
-    return optimizer, optimizer._plan._steady_state
+    return optimizer, optimizer._stepper._steady_state
 
 
 def test_many_groups_share_one_plan_and_equal_options_one_row(place: Place) -> None:
@@ -465,7 +465,7 @@ def test_many_groups_share_one_plan_and_equal_options_one_row(place: Place) -> N
     assert (steady.plan_count, steady.row_count) == (1, 1)
     optimizer.param_groups[7]["lr"] = 0.5
     optimizer.step()
-    assert optimizer._plan._steady_state is steady
+    assert optimizer._stepper._steady_state is steady
     assert (steady.plan_count, steady.row_count) == (1, 3)
 
 

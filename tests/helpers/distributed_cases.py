@@ -43,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from adamal_kernels import Adam, AdamAL, AdamALW, Box
 from adamal_kernels.build_info import load_extension
 from adamal_kernels.step import sharded as distributed
-from adamal_kernels.step import stepper as plan_module
+from adamal_kernels.step import stepper as stepper_module
 from adamal_kernels.step.sharded import mesh_and_placements, reduce_squared_norms
 from adamal_kernels.verify import different_values, same_bits
 from helpers.support import refused
@@ -176,18 +176,18 @@ def spread(value: Tensor, like: DTensor) -> DTensor:
 def checked_in_python() -> Iterator[list[str]]:
     """Collect the parameters that steps check in Python: none where the step before is repeated."""
     seen: list[str] = []
-    check_entry = plan_module.check_entry
+    check_entry = stepper_module.check_entry
 
     def recording(param: Tensor, options: Any, where: str, *more: Any) -> Any:
         if options.backend == "cpu":
             seen.append(where)
         return check_entry(param, options, where, *more)
 
-    plan_module.check_entry = recording
+    stepper_module.check_entry = recording
     try:
         yield seen
     finally:
-        plan_module.check_entry = check_entry
+        stepper_module.check_entry = check_entry
 
 
 def parameters(mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> list[Tensor]:

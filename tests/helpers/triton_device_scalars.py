@@ -203,7 +203,7 @@ def check_optimizer(plan: str, capturable: bool, max_grad_norm: float | None) ->
             assert optimizer.skipped_steps == reference.skipped_steps
             if max_grad_norm is not None:
                 assert same_bits(optimizer.last_grad_norm, reference.last_grad_norm)
-            steady = optimizer._plan._steady_state is not None
+            steady = optimizer._stepper._steady_state is not None
             assert steady == (plan == "C++")
 
 

@@ -450,7 +450,7 @@ def check_alignment_in_the_steady_state() -> None:
     with recorded() as launches:
         step(0, 0, 0)
         assert step(0, 4, 0) == {True: everything}
-        steady = optimizer._plan._steady_state
+        steady = optimizer._stepper._steady_state
         assert step(0, 1, 0) == {True: [[0, 0], [2, 0], [2, 1]], False: [[1, 0]]}
         assert step(2, 2, 3) == {False: everything}
         table, before = launches[-1].table, params[2].detach().clone()
@@ -458,7 +458,7 @@ def check_alignment_in_the_steady_state() -> None:
         assert launches[-1].table == table, "a gradient that is gone is no reason to bind anew"
         assert same_bits(params[2], before)
         assert step(0, 0, 0) == {True: everything}
-        assert optimizer._plan._steady_state is steady is not None
+        assert optimizer._stepper._steady_state is steady is not None
 
 
 def check_python_work(groups: int) -> None:

@@ -87,8 +87,8 @@ def test_temporaries_are_a_few_pieces(sizes: list[int]) -> None:
         optimizer.step()
     steps = 4 * len(params)
     assert 0 < new.nbytes <= 7 * 4 * PIECE + steps + 1000
-    assert optimizer._plan._workspaces
-    kept = [w["scratch"].nbytes for w in optimizer._plan._workspaces.values()]
+    assert optimizer._stepper._workspaces
+    kept = [w["scratch"].nbytes for w in optimizer._stepper._workspaces.values()]
     assert kept == [7 * 4 * PIECE]
 
 

@@ -508,13 +508,13 @@ def test_other_ways_to_step_give_the_same_bits(place: Place, way: str) -> None:
 def test_a_second_step_is_not_checked_in_python(place: Place) -> None:
     """The steady state takes sets, and sees a multiplier that was replaced."""
     _, held, optimizer = run(place, "rows", L2Ball(0.7, dim=1), torch.float32)
-    steady = optimizer._plan._steady_state
+    steady = optimizer._stepper._steady_state
     assert (steady is not None) == (place.backend not in ("reference", "foreach"))
     param = optimizer.param_groups[0]["params"][0]
     held["multiplier"] = held["multiplier"].clone()
     param.grad = torch.ones_like(param)
     optimizer.step()
-    assert steady is None or optimizer._plan._steady_state is not steady
+    assert steady is None or optimizer._stepper._steady_state is not steady
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from adamal_kernels.core.bucket import Bucket, BucketKey, DeviceScalars
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.scalars import StepInputs, StepOptions
 from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
-from adamal_kernels.step.stepper import Plan
+from adamal_kernels.step.stepper import Stepper
 from adamal_kernels.verify import different_values, same_bits
 
 __all__ = ["checked", "new_pair"]  # fixtures
@@ -167,16 +167,16 @@ def test_the_device_is_not_waited_for(name: str) -> None:
     bucket = Bucket(key, params, grads, rows=[0])
     bucket.buffers |= zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
     lr, scale, found_inf, count = (torch.empty((), device=device) for _ in range(4))
-    plan = Plan()
+    stepper = Stepper()
     inputs = StepInputs(grad_scale=scale, found_inf=found_inf, max_grad_norm=1.0)
-    inputs = plan._complete(inputs, [(BACKENDS[name], bucket)])
+    inputs = stepper._complete(inputs, [(BACKENDS[name], bucket)])
     options = StepOptions(lr, 0.9, 0.999, 1e-8, 0.1, False, False, True, -1.0, 1.0)
     bucket.device_scalars = DeviceScalars([options], [count], inputs)
     BACKENDS[name].step(bucket)
-    assert plan.grad_norm is not None
-    assert plan.skipped_steps is not None
-    assert plan.grad_norm.device == plan.skipped_steps.device == device
-    written = (made[0], *made[2:], count, plan.skipped_steps)
+    assert stepper.grad_norm is not None
+    assert stepper.skipped_steps is not None
+    assert stepper.grad_norm.device == stepper.skipped_steps.device == device
+    written = (made[0], *made[2:], count, stepper.skipped_steps)
     assert all(tensor._version > 0 for tensor in written)
 
 

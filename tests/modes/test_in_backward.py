@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adamal_kernels import Adam, AdamAL, AdamALW, Box
-from adamal_kernels.step import stepper as plan_module
+from adamal_kernels.step import stepper as stepper_module
 from adamal_kernels.verify import different_values, same_bits
 
 
@@ -198,7 +198,7 @@ def test_neither_is_checked_again(part: str, monkeypatch: pytest.MonkeyPatch) ->
     def fail(*args: Any) -> None:
         raise AssertionError("checked again")
 
-    monkeypatch.setattr(plan_module, "check_entry", fail)
+    monkeypatch.setattr(stepper_module, "check_entry", fail)
     for number in range(3):
         job.optimizer.param_groups[0]["lr"] = 0.1 / (1 + number)
         job.backward()

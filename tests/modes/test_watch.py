@@ -17,7 +17,7 @@ from torch import Tensor
 from adamal_kernels import Adam, AdamAL, AdamALW, Box, NonNegative, ParameterStatistics
 from adamal_kernels.build_info import load_extension
 from adamal_kernels.core.stats import WORDS
-from adamal_kernels.step.stepper import Plan
+from adamal_kernels.step.stepper import Stepper
 from adamal_kernels.verify import different_values, same_bits
 
 SHAPES = ((3,), (4, 5), (), (0,), (5000,))
@@ -471,7 +471,7 @@ def test_off_no_records_are_asked_for(place: Place, monkeypatch: pytest.MonkeyPa
     run = Run(place)
     with run.optimizer.watch():
         run.step()
-    monkeypatch.setattr(Plan, "_append_records", fail)
+    monkeypatch.setattr(Stepper, "_append_records", fail)
     run.step(3)
 
 

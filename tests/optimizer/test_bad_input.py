@@ -348,7 +348,7 @@ def test_what_is_frozen_after_it_was_trained(place: Place) -> None:
     assert optimizer.state[trained]["step"].item() == 1
     assert optimizer.state[other]["step"].item() == 7
     if place.backend in FUSED:
-        assert optimizer._plan._steady_state is not None
+        assert optimizer._stepper._steady_state is not None
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -109,13 +109,13 @@ def test_a_gradient_in_the_storage_of_its_parameter(place: Place, beside: bool) 
         param.grad = torch.ones(4, device=place.device)
         optimizer.step()
     param.grad = memory[4:] if beside else memory[2:6]
-    steady = optimizer._plan._steady_state
+    steady = optimizer._stepper._steady_state
     if not beside:
         with refused(optimizer, ValueError, "the gradient of params[0]", "share memory"):
             optimizer.step()
         return
     optimizer.step()
-    assert optimizer._plan._steady_state is steady
+    assert optimizer._stepper._steady_state is steady
     assert optimizer.state[param]["step"].item() == 4
     assert torch.equal(memory[4:], torch.ones(4, device=place.device))
 

@@ -25,10 +25,7 @@ __all__ = ["project", "project_bucket", "project_rows"]
 # Twins of the constants in csrc/formula/sets.h, which says what they are for.
 _SEARCH_TOLERANCES = (2.0**-40, 2.0**-50, 2.0**-50)
 _MOST_EVALUATIONS = 100
-
 _LEAST_METRIC = 1e-100
-
-
 _ALL_ELEMENTS = -math.inf
 
 
