@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from adamal_kernels import AdamAL, Box
-from adamal_kernels import plan as plan_module
 from adamal_kernels.backends import FUSED
+from adamal_kernels.step import stepper as stepper_module
 from adamal_kernels.verify import different_values
 from helpers.support import PLACES, Place
 
@@ -80,14 +80,14 @@ def new_pair(place: Place) -> Callable[..., Pair]:
 def checked(place: Place, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The parameters that Python has checked, of the optimizer under test."""
     seen: list[str] = []
-    check_entry = plan_module.check_entry
+    check_entry = stepper_module.check_entry
 
     def recording(param: torch.Tensor, options: Any, where: str, *more: Any) -> Any:
         if options.backend == place.backend:
             seen.append(where)
         return check_entry(param, options, where, *more)
 
-    monkeypatch.setattr(plan_module, "check_entry", recording)
+    monkeypatch.setattr(stepper_module, "check_entry", recording)
     return seen
 
 

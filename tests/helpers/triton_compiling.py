@@ -17,10 +17,10 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from adamal_kernels.backends import triton_kernels  # noqa: E402
+from adamal_kernels.backends.triton import element  # noqa: E402
 
 not_interpreted = pytest.mark.skipif(
-    triton_kernels.interpreted() is not False, reason="TRITON_INTERPRET is set"
+    element.interpreted() is not False, reason="TRITON_INTERPRET is set"
 )
 
 SM80, SM90, SM100 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 100))
@@ -51,14 +51,14 @@ def compile_step(
 ) -> Any:
     """Compile what TritonBackend launches: its tables all start at multiples of 16 bytes."""
     key = BucketKey(torch.device("cuda", 0), dtypes, second_moment, device_scalars)
-    constants = triton_kernels.constants(key, target, aligned=aligned)
+    constants = element.constants(key, target, aligned=aligned)
     signature = {
         "tensors": "*i64",
         "items": "*i32",
         "inputs": "*i64",
         "scalars": _POINTERS[compute_dtype(dtypes.param)],
     }
-    return compile_kernel(triton_kernels.step_kernel, signature, constants, target)
+    return compile_kernel(element.step_kernel, signature, constants, target)
 
 
 def compile_kernel(
@@ -67,13 +67,13 @@ def compile_kernel(
     signature = {**pointers, **dict.fromkeys(constants, "constexpr")}
     alignment = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
     source = ASTSource(kernel, signature, constants, alignment)
-    options = triton_kernels.launch_options(target)
+    options = element.launch_options(target)
     return triton.compile(source, target=target, options=options)
 
 
 def elements_per_thread(target: GPUTarget) -> int:
-    options = triton_kernels.launch_options(target)
-    return triton_kernels.BLOCK // (options["num_warps"] * target.warp_size)
+    options = element.launch_options(target)
+    return element.BLOCK // (options["num_warps"] * target.warp_size)
 
 
 def stream_bytes(

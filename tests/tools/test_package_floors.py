@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from helpers.graphs import circle_of
 
 import adamal_kernels
 
@@ -70,15 +70,6 @@ def python_imports(package: Path) -> dict[str, set[str]]:
     return graph
 
 
-def circle_of_imports(graph: Mapping[str, set[str]]) -> list[str]:
-    """Return modules of which each imports another, the last the first; empty if there are none."""
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        return list(error.args[1])
-    return []
-
-
 def forbidden_imports(
     graph: Mapping[str, set[str]], floors: Mapping[str, set[str]]
 ) -> dict[str, set[str]]:
@@ -112,7 +103,7 @@ def borrowed_tests(tests: Path) -> set[tuple[str, str]]:
 
 
 def test_no_python_module_imports_what_imports_it() -> None:
-    assert circle_of_imports(python_imports(PACKAGE)) == []
+    assert circle_of(python_imports(PACKAGE)) == []
 
 
 def test_python_imports_go_downwards() -> None:
@@ -126,7 +117,6 @@ def test_the_python_floors_are_in_order() -> None:
         below.add(floor)
 
 
-@pytest.mark.xfail(reason="what test modules share is not yet in tests/helpers", strict=True)
 def test_no_test_module_is_imported_by_another(pytestconfig: pytest.Config) -> None:
     assert borrowed_tests(pytestconfig.rootpath / "tests") == set()
 
@@ -173,8 +163,8 @@ CIRCLES = {
 
 @pytest.mark.parametrize("name", CIRCLES)
 def test_a_circle_of_python_imports_is_found(name: str, tmp_path: Path) -> None:
-    assert circle_of_imports(python_imports(tree(tmp_path / "good", ONE_WAY))) == []
-    found = circle_of_imports(python_imports(tree(tmp_path / "bad", CIRCLES[name])))
+    assert circle_of(python_imports(tree(tmp_path / "good", ONE_WAY))) == []
+    found = circle_of(python_imports(tree(tmp_path / "bad", CIRCLES[name])))
     assert {module.rpartition(".")[2] for module in found} >= {"a"}
 
 

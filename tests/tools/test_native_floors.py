@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from helpers.graphs import circle_of
 
 from adamal_kernels.build_config import source_files
 
@@ -35,15 +35,6 @@ TORCH_ALLOWED = {"cuda/bindings.cpp": "pybind11/"}
 
 TORCH_HEADER = re.compile(r"(?:torch|ATen|c10|caffe2|pybind11)/")
 CUDA_HEADER = re.compile(r"(?:cuda|cub|thrust|nv)\w*(?:\.h|/)")
-
-
-def circle_of(edges: Mapping[str, Collection[str]]) -> list[str]:
-    """Return a circle of a graph, its first node again at the end; nothing if there is none."""
-    try:
-        TopologicalSorter(edges).prepare()
-    except CycleError as error:
-        return error.args[1]
-    return []
 
 
 def arrows_not_allowed(
