@@ -21,9 +21,9 @@ namespace {
 
 using Tensors = std::vector<at::Tensor>;
 
-int checked_pair(int pair) {
-  TORCH_CHECK(pair >= 0 && pair < kDtypePairCount, "unknown pair of types: ", pair);
-  return pair;
+int checked_format(int format) {
+  TORCH_CHECK(format >= 0 && format < kFormatCount, "unknown format: ", format);
+  return format;
 }
 
 const CudaApi& cuda_api(const py::capsule& capsule) {
@@ -207,9 +207,9 @@ void step_on_device(Plan& plan, const Tensors& grads, const std::vector<BoundOpt
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace adamal;
   m.doc() = "Plans of adamal_kernels and the CPU step.";
-  m.attr("dtype_pair_count") = kDtypePairCount;
   py::list buffers;
-#define ADAMAL_ROW(key, shape, needs) buffers.append(py::make_tuple(#key, #shape, #needs));
+#define ADAMAL_ROW(key, shape, needs, type) \
+  buffers.append(py::make_tuple(#key, #shape, #needs, #type));
   ADAMAL_BUFFERS(ADAMAL_ROW)
 #undef ADAMAL_ROW
   m.attr("buffers") = buffers;
@@ -230,29 +230,30 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   m.def(
       "cpu_plan",
-      [](int pair, int second_moment) -> std::shared_ptr<Plan> {
-        return std::make_shared<CpuPlan>(checked_pair(pair),
+      [](int format, int second_moment) -> std::shared_ptr<Plan> {
+        return std::make_shared<CpuPlan>(checked_format(format),
                                          static_cast<SecondMoment>(second_moment));
       },
-      py::arg("pair"), py::arg("second_moment"));
+      py::arg("format"), py::arg("second_moment"));
   m.def(
       "cuda_plan",
-      [](int pair, int second_moment, int device, const py::capsule& api) -> std::shared_ptr<Plan> {
+      [](int format, int second_moment, int device,
+         const py::capsule& api) -> std::shared_ptr<Plan> {
         return std::make_shared<CudaPlan>(
-            checked_pair(pair), static_cast<SecondMoment>(second_moment),
+            checked_format(format), static_cast<SecondMoment>(second_moment),
             c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(device)), cuda_api(api));
       },
-      py::arg("pair"), py::arg("second_moment"), py::arg("device"), py::arg("api"));
+      py::arg("format"), py::arg("second_moment"), py::arg("device"), py::arg("api"));
   m.def(
       "triton_plan",
-      [](int pair, int second_moment, const c10::Device& device, int64_t block,
+      [](int format, int second_moment, const c10::Device& device, int64_t block,
          py::object launcher) -> std::shared_ptr<Plan> {
         TORCH_CHECK(block > 0, "block must be positive, got ", block);
-        return std::make_shared<TritonPlan>(checked_pair(pair),
+        return std::make_shared<TritonPlan>(checked_format(format),
                                             static_cast<SecondMoment>(second_moment), device, block,
                                             std::move(launcher));
       },
-      py::arg("pair"), py::arg("second_moment"), py::arg("device"), py::arg("block"),
+      py::arg("format"), py::arg("second_moment"), py::arg("device"), py::arg("block"),
       py::arg("launcher"));
 
   py::class_<Membership>(m, "Membership")

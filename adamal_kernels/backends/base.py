@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.bucket import Bucket, BucketKey
 from ..core.norm import squared_norm
-from ..core.storage import DTYPE_PAIRS, compute_dtype
+from ..core.storage import FORMATS
 
 __all__ = ["Backend", "EagerBackend"]
 
@@ -52,11 +52,11 @@ class EagerBackend:
 
     def unsupported(self, key: BucketKey) -> str | None:
         """See :class:`adamal_kernels.backends.Backend`."""
-        return None if key.dtypes in DTYPE_PAIRS else f"{key.dtypes} is not in DTYPE_PAIRS"
+        return None if key.format in FORMATS else f"{key.format} is not in FORMATS"
 
     def squared_norm(self, bucket: Bucket) -> Tensor:
         """See :class:`adamal_kernels.backends.Backend`."""
-        return squared_norm(bucket.grads, compute_dtype(bucket.key.dtypes.param))
+        return squared_norm(bucket.grads, bucket.key.format.compute)
 
     def watched_elements(self, key: BucketKey) -> int | None:
         """See :class:`adamal_kernels.backends.Backend`."""

@@ -10,7 +10,7 @@ import torch
 
 from ..build_info import extension_record, load_extension
 from ..core.bucket import BucketKey
-from ..core.storage import DTYPE_PAIRS
+from ..core.storage import FORMATS
 from .planned import PlannedBackend, why_not_importable
 
 __all__ = ["CpuBackend", "CudaBackend", "NativeBackend"]
@@ -30,7 +30,7 @@ class NativeBackend(PlannedBackend):
 
     def unsupported(self, key: BucketKey) -> str | None:
         """See :class:`adamal_kernels.backends.Backend`."""
-        return None if key.dtypes in DTYPE_PAIRS else f"{key.dtypes} is not in DTYPE_PAIRS"
+        return None if key.format in FORMATS else f"{key.format} is not in FORMATS"
 
 
 class CpuBackend(NativeBackend):
@@ -42,7 +42,7 @@ class CpuBackend(NativeBackend):
     def new_plan(self, key: BucketKey) -> Any:
         """See :meth:`PlannedBackend.new_plan`."""
         extension = load_extension("_C")
-        return extension.cpu_plan(DTYPE_PAIRS.index(key.dtypes), int(key.second_moment))
+        return extension.cpu_plan(FORMATS.index(key.format), int(key.second_moment))
 
 
 class CudaBackend(NativeBackend):
@@ -72,7 +72,7 @@ class CudaBackend(NativeBackend):
         extension = load_extension("_C")
         kernels = load_extension("_cuda")
         return extension.cuda_plan(
-            DTYPE_PAIRS.index(key.dtypes), int(key.second_moment), key.device.index, kernels.api
+            FORMATS.index(key.format), int(key.second_moment), key.device.index, kernels.api
         )
 
 

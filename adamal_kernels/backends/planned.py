@@ -16,7 +16,6 @@ from ..core.bucket import Bucket, BucketKey, DeviceScalars
 from ..core.norm import squared_norm
 from ..core.rows import CoupledRows
 from ..core.scalars import StepOptions
-from ..core.storage import compute_dtype
 
 __all__ = ["PlannedBackend", "bound_options", "bound_rows", "why_not_importable"]
 
@@ -33,7 +32,7 @@ class PlannedBackend:
     def squared_norm(self, bucket: Bucket) -> Tensor:
         """See :class:`adamal_kernels.backends.Backend`."""
         if not self.has_native_plans:
-            return squared_norm(bucket.grads, compute_dtype(bucket.key.dtypes.param))
+            return squared_norm(bucket.grads, bucket.key.format.compute)
         return self.new_plan(bucket.key).squared_norm(bucket.grads)
 
     def watched_elements(self, key: BucketKey) -> int | None:

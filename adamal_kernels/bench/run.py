@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.buffers import SecondMoment
-from ..core.storage import DtypePair, compute_dtype
+from ..core.storage import Format, compute_dtype
 from ..verify import different_values, outside_tolerance, run_case, run_oracle
 from ..verify.cases import cases
 from .cases import BenchCase, Room, Shape
@@ -151,7 +151,7 @@ class Gate:
     def _differences(self, backend: str, dtype: torch.dtype) -> Iterator[str]:
         for case in cases():
             if (
-                case.dtypes == DtypePair(dtype, dtype)
+                case.dtypes == Format(dtype, dtype)
                 and case.second_moment is SecondMoment.MONOTONE
                 and case.variant in _GATE_VARIANTS
             ):

@@ -12,7 +12,7 @@ from torch import Tensor
 from .buffers import BUFFERS, SecondMoment, buffers_of
 from .rows import CoupledRows
 from .scalars import StepInputs, StepOptions, StepScalars
-from .storage import DtypePair
+from .storage import Format
 
 __all__ = ["Bucket", "BucketKey", "DeviceScalars"]
 
@@ -21,7 +21,7 @@ class BucketKey(NamedTuple):
     """What selects a kernel. Everything else is data: a row of the scalar table."""
 
     device: torch.device
-    dtypes: DtypePair
+    format: Format
     second_moment: SecondMoment
     device_scalars: bool = False
     """Whether the scalars are derived on the device, from counts that are there."""
@@ -50,7 +50,7 @@ class Bucket:
 
     Element ``i`` of a parameter in memory order belongs to element ``i`` of its gradient and
     moments: every tensor is dense and shares its parameter's strides. Gradients are
-    ``key.dtypes.grad``, parameters ``key.dtypes.param``, moments the compute type.
+    ``key.format.grad``, parameters ``key.format.param``, moments the compute type.
     """
 
     key: BucketKey

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .storage import compute_dtype, real_dtype
+from .storage import Format
 
 __all__ = [
     "BUFFERS",
@@ -47,6 +47,8 @@ class Buffer(NamedTuple):
     """What a parameter has it for; ``nothing``: each has it."""
     starts_as: str = ""
     """The buffer it begins as a copy of in a state that has been stepped; empty: zeros."""
+    stored_as: Literal["exp_avg", "exp_avg_sq"] | torch.dtype = "exp_avg_sq"
+    """The type of its numbers, or which of a format's it is."""
 
     def exists(self, second_moment: SecondMoment, has_row_set: bool) -> bool:
         """Whether a parameter has it.
@@ -59,20 +61,25 @@ class Buffer(NamedTuple):
             return second_moment is SecondMoment.AMSGRAD
         return has_row_set if self.needs == "row_set" else True
 
-    def dtype(self, param_dtype: torch.dtype) -> torch.dtype:
-        """Return its type: that of the arithmetic, complex for complex parameters."""
-        if self.shape == "rows":
-            return torch.float64
-        dtype = compute_dtype(real_dtype(param_dtype))
-        return dtype.to_complex() if param_dtype.is_complex else dtype
+    def dtype(self, format: Format, *, is_complex: bool = False) -> torch.dtype:
+        """Return the type it is stored in; ``is_complex``: of a complex parameter.
+
+        Example:
+            >>> BUFFERS[0].dtype(Format(torch.bfloat16, torch.bfloat16))
+            torch.float32
+        """
+        if not isinstance(self.stored_as, str):
+            return self.stored_as
+        dtype: torch.dtype = getattr(format, self.stored_as)
+        return dtype.to_complex() if is_complex else dtype
 
 
 # In the order of csrc's enum Buffer.
 BUFFERS = (
-    Buffer("exp_avg"),
+    Buffer("exp_avg", stored_as="exp_avg"),
     Buffer("exp_avg_sq"),
     Buffer("max_exp_avg_sq", needs="amsgrad", starts_as="exp_avg_sq"),
-    Buffer("multiplier", shape="rows", needs="row_set"),
+    Buffer("multiplier", shape="rows", needs="row_set", stored_as=torch.float64),
 )
 
 

@@ -120,7 +120,7 @@ class WatchRecords:
 
 
 def _kind_of(backend: Recorder, key: BucketKey, numel: int) -> tuple[Any, ...]:
-    return backend.name, key.device, key.dtypes.param, numel
+    return backend.name, key.device, key.format.param, numel
 
 
 def _new_records(count: int, device: torch.device) -> Tensor:

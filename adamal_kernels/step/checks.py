@@ -14,7 +14,7 @@ from ..core.buffers import REQUIRED_KEYS, check_value, held_buffers
 from ..core.layout import has_memory, overlapping_pair
 from ..core.rows import coupled_rows
 from ..core.scalars import StepInputs
-from ..core.storage import DTYPE_PAIRS, DtypePair, real_dtype
+from ..core.storage import FORMATS, Format, real_dtype
 from .entry import (
     Entry,
     bounds_of,
@@ -61,8 +61,8 @@ def check_parameter(param: Tensor, options: GroupOptions, where: str) -> None:
     if is_sharded(param):
         check_sharded_parameter(param, where)
     dtype = real_dtype(param.dtype)
-    if not any(dtype == pair.param for pair in DTYPE_PAIRS):
-        supported = ", ".join(dict.fromkeys(str(pair.param) for pair in DTYPE_PAIRS))
+    if not any(dtype == known.param for known in FORMATS):
+        supported = ", ".join(dict.fromkeys(str(known.param) for known in FORMATS))
         raise TypeError(
             f"{where} has type {param.dtype}; supported are {supported} and complex types of "
             "those; leave other parameters out of the optimizer or convert them"
@@ -183,9 +183,9 @@ def check_entry(
                 f"the storage of {what} holds {tensor.untyped_storage().nbytes()} bytes, too few "
                 "for its elements; it has been freed or resized"
             )
-    dtypes = DtypePair(real_dtype(param.dtype), real_dtype(grad.dtype))
-    if dtypes not in DTYPE_PAIRS or param.is_complex() != grad.is_complex():
-        taken = [pair.grad for pair in DTYPE_PAIRS if pair.param == dtypes.param]
+    format = Format(real_dtype(param.dtype), real_dtype(grad.dtype))
+    if format not in FORMATS or param.is_complex() != grad.is_complex():
+        taken = [known.grad for known in FORMATS if known.param == format.param]
         if param.is_complex():
             taken = [param.dtype]
         remedy = (
@@ -201,13 +201,13 @@ def check_entry(
     spread = mesh_and_placements(owner)
     key = BucketKey(
         param.device,
-        dtypes,
+        format,
         options.second_moment,
         on_device,
         spread,
         is_coupled_here(owner, options),
     )
-    bounds = bounds_of(options, dtypes.param)
+    bounds = bounds_of(options, format.param)
     backend = pick_backend(key, options)
     return Entry(owner, param, grad, is_misplaced, options, bounds, key, backend, where)
 
@@ -249,7 +249,7 @@ def _entry_without_grad(
         grad=param,
         is_misplaced=False,
         options=options,
-        bounds=bounds_of(options, key.dtypes.param),
+        bounds=bounds_of(options, key.format.param),
         key=key,
         backend=pick_backend(key, options),
         where=where,
@@ -291,7 +291,8 @@ def check_state(entry: Entry, held: Mapping[str, Any]) -> None:
             continue
         if is_sharded(param) or is_sharded(tensor):
             check_sharded_state(param, tensor, what)
-        _check_stays_shared(buffer.key, tensor, buffer.dtype(param.dtype), where)
+        dtype = buffer.dtype(entry.key.format, is_complex=param.is_complex())
+        _check_stays_shared(buffer.key, tensor, dtype, where)
 
 
 def _check_step(step: Any, where: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import Backend, pick
 from ..core.bucket import BucketKey
 from ..core.scalars import StepInputs
-from ..core.storage import DtypePair, real_dtype
+from ..core.storage import Format, real_dtype
 from ..projections import CoupledSet
 from .options import GroupOptions
 from .sharded import local_part, mesh_and_placements, splits_rows
@@ -79,10 +79,10 @@ def key_without_grad(
     grad_dtype = real_dtype((param.is_leaf and param.grad_dtype) or param.dtype)
     part = local_part(param)
     on_device = derives_on_device(part, options, held, inputs or StepInputs())
-    pair = DtypePair(dtype, grad_dtype)
+    format = Format(dtype, grad_dtype)
     spread = mesh_and_placements(param)
     coupled = is_coupled_here(param, options)
-    return BucketKey(part.device, pair, options.second_moment, on_device, spread, coupled)
+    return BucketKey(part.device, format, options.second_moment, on_device, spread, coupled)
 
 
 def is_coupled_here(param: Tensor, options: GroupOptions) -> bool:

@@ -12,7 +12,6 @@ from ..backends.eager.sets import project
 from ..core.bucket import Bucket
 from ..core.rows import coupled_rows
 from ..core.scalars import StepScalars, as_float64, derive_step_scalars
-from ..core.storage import compute_dtype
 from .entry import Entry
 from .sharded import local_part, row_reducer
 
@@ -47,6 +46,7 @@ def project_split_rows(stepped: Stepped) -> None:
         local_part(stepped.held["multiplier"]),
         coupled_rows(param, entry.coupled),
         scalars,
+        compute=bucket.key.format.compute,
         skip=skip,
         reduce=row_reducer(entry.owner, entry.coupled.reduced_dims(entry.owner.dim())),
     )
@@ -55,7 +55,7 @@ def project_split_rows(stepped: Stepped) -> None:
 def _scalars_of(stepped: Stepped) -> tuple[StepScalars, Tensor | None]:
     """Return the step's scalars as tensors, and whether it was skipped after all."""
     bucket, row = stepped.bucket, stepped.bucket.rows[stepped.index]
-    dtype, device = compute_dtype(bucket.key.dtypes.param), bucket.key.device
+    dtype, device = bucket.key.format.compute, bucket.key.device
     source = bucket.device_scalars
     if source is None:
         known = bucket.scalars[row]

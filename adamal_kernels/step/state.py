@@ -36,10 +36,12 @@ def state_of(entry: Entry, state: MutableMapping[Tensor, dict[str, Any]]) -> dic
             origin = held[buffer.starts_as]
             held[buffer.key] = origin.clone(memory_format=torch.preserve_format)
         elif buffer.key not in held:
-            held[buffer.key] = moment_like(param, buffer.dtype(param.dtype))
+            held[buffer.key] = moment_like(
+                param, buffer.dtype(entry.key.format, is_complex=param.is_complex())
+            )
     for buffer in held_buffers(held):
         if buffer.shape == "parameter":
-            dtype = buffer.dtype(param.dtype)
+            dtype = buffer.dtype(entry.key.format, is_complex=param.is_complex())
             held[buffer.key] = held[buffer.key].to(device=param.device, dtype=dtype)
     return held
 

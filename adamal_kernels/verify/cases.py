@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.buffers import SecondMoment
-from ..core.storage import DTYPE_PAIRS, DtypePair
+from ..core.storage import FORMATS, Format
 from ..projections import Box, L1Ball, L2Ball, NonNegative, Simplex
 
 __all__ = ["QUICK_STEPS", "STEPS", "Case", "cases", "quick_cases"]
@@ -81,7 +81,7 @@ class Case:
     """
 
     variant: str
-    dtypes: DtypePair
+    dtypes: Format
     second_moment: SecondMoment
     special: bool = False
     """Gradients hold NaN, infinities, denormals and both zeros."""
@@ -94,7 +94,7 @@ class Case:
     @property
     def name(self) -> str:
         """A short name, unique in the table."""
-        param, grad = (str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        param, grad = (str(dtype).removeprefix("torch.") for dtype in self.dtypes[:2])
         types = param if param == grad else f"{param} with {grad} gradients"
         return f"{self.second_moment.name.lower()}, {types}, {self.variant}"
 
@@ -195,9 +195,9 @@ def _put_special(values: Tensor, step: int) -> None:
         flat[4], flat[5], flat[6] = float("nan"), float("inf"), float("-inf")
 
 
-def _is_first(dtypes: DtypePair, second_moment: SecondMoment) -> bool:
+def _is_first(dtypes: Format, second_moment: SecondMoment) -> bool:
     """Whether one of the two is the table's first: a few of all combinations, where cases cost."""
-    return dtypes == DTYPE_PAIRS[0] or second_moment is SecondMoment.MONOTONE
+    return dtypes == FORMATS[0] or second_moment is SecondMoment.MONOTONE
 
 
 def cases() -> Iterator[Case]:
@@ -206,7 +206,7 @@ def cases() -> Iterator[Case]:
     The sets that couple elements are taken with every pair and with every second moment, not with
     every combination.
     """
-    for dtypes in DTYPE_PAIRS:
+    for dtypes in FORMATS:
         for second_moment in SecondMoment:
             for variant, (options, other_options) in _VARIANTS.items():
                 if variant in _COUPLED_VARIANTS and not _is_first(dtypes, second_moment):

@@ -18,7 +18,7 @@ import torch
 from adamal_kernels.backends import BACKENDS
 from adamal_kernels.core.bucket import BucketKey
 from adamal_kernels.core.buffers import SecondMoment
-from adamal_kernels.core.storage import DTYPE_PAIRS
+from adamal_kernels.core.storage import FORMATS
 from adamal_kernels.verify import Values, different_values, run_case
 from adamal_kernels.verify.cases import STEPS, Case, cases
 
@@ -44,7 +44,7 @@ class Job(NamedTuple):
         """Yield the cases; only the first, if quick."""
         for case in cases():
             is_mine = (case.dtypes, case.second_moment) == (
-                DTYPE_PAIRS[self.pair],
+                FORMATS[self.pair],
                 self.second_moment,
             )
             if is_mine and (not self.is_quick or case.variant == _QUICK):
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen.results,
             chosen.section,
         )
-        for pair in range(len(DTYPE_PAIRS))
+        for pair in range(len(FORMATS))
         for second_moment in SecondMoment
     ]
     passed = failed = 0

@@ -48,15 +48,15 @@ void squared_norm_items_cpu(const Bucket& bucket, int64_t first_item, int64_t la
                             double* chunk_sums) {
   dispatch(bucket, [&](auto kernel) {
     using Kernel = decltype(kernel);
-    item_sums<ComputeType<typename Kernel::Param>, typename Kernel::Grad>(bucket, first_item,
-                                                                          last_item, chunk_sums);
+    item_sums<typename Kernel::Compute, typename Kernel::Grad>(bucket, first_item, last_item,
+                                                               chunk_sums);
   });
 }
 
 void squared_norm_tensors_cpu(const Bucket& bucket, const double* chunk_sums, double* sums) {
   // An item of float64 has as many chunks as there is room for; one of float32 half of them.
-  const int64_t used = kDtypePairs[bucket.pair].param == Dtype::float64 ? kNormChunksPerItem
-                                                                        : kNormChunksPerItem / 2;
+  const int64_t used = kFormats[bucket.format].compute() == Dtype::float64 ? kNormChunksPerItem
+                                                                           : kNormChunksPerItem / 2;
   std::fill(sums, sums + bucket.tensor_count, 0.0);
   for (int64_t i = 0; i < bucket.item_count;) {
     const uint32_t tensor = bucket.items[i].tensor;

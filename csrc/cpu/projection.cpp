@@ -23,13 +23,15 @@ constexpr int64_t kTileElements = 131072;
 static_assert(kTileElements / kMostRows >= kNormChunk<float> && kTileElements >= kCpuChunk);
 
 // What a projection reads and writes of a tensor.
-template <typename Param>
+template <typename Types>
 struct View {
-  using T = ComputeType<Param>;
+  using Param = typename Types::Param;
+  using ExpAvgSq = typename Types::ExpAvgSq;
+  using T = typename Types::Compute;
 
   bool is_projected;
   Param* param;
-  const T* denominator_sq;
+  const ExpAvgSq* denominator_sq;
   double* multipliers;
   const CoupledRows& rows;
   StepScalars<T> scalars;
@@ -39,7 +41,7 @@ struct View {
     if (!is_projected) return;  // It has no scalars either.
     const TensorEntry& tensor = bucket.tensors[index];
     param = static_cast<Param*>(tensor.param);
-    denominator_sq = static_cast<const T*>(tensor.divisor());
+    denominator_sq = static_cast<const ExpAvgSq*>(tensor.divisor());
     multipliers = tensor.multipliers();
     scalars = StepScalars<T>(bucket.scalars[bucket.rows[index]]);
     is_projected = projects(scalars);
@@ -61,14 +63,14 @@ class Tile {
   double* d(int64_t row) { return d_ + row * stride(); }
 
   // Read what is not there yet, from element `first` of each row on.
-  template <typename Param>
-  void read_values(const View<Param>& view, int64_t first_row, int64_t rows, int64_t first) {
+  template <typename Types>
+  void read_values(const View<Types>& view, int64_t first_row, int64_t rows, int64_t first) {
     if (values_from_ == first) return;
     values_from_ = first;
     gather(view.param, view.rows, first_row, rows, y_);
   }
-  template <typename Param>
-  void read_all(const View<Param>& view, int64_t first_row, int64_t rows, int64_t first) {
+  template <typename Types>
+  void read_all(const View<Types>& view, int64_t first_row, int64_t rows, int64_t first) {
     read_values(view, first_row, rows, first);
     if (metric_from_ == first) return;
     metric_from_ = first;
@@ -82,15 +84,15 @@ class Tile {
   }
 
   // Writes the values of those rows that were found.
-  template <typename Param>
-  void write(const View<Param>& view, int64_t first_row, int64_t rows, const RowSearch* searches) {
+  template <typename Types>
+  void write(const View<Types>& view, int64_t first_row, int64_t rows, const RowSearch* searches) {
     for_runs(view.rows, first_row, [&](int64_t offset, int64_t at, int64_t run, int64_t stride_of) {
       if (rows == 1 && stride_of == 1) return narrow(y_ + at, view.param + offset, run);
       for (int64_t i = 0; i < run; ++i) {
         for (int64_t row = 0; row < rows; ++row) {
           if (searches[row].state != SearchState::found) continue;
-          const auto value = static_cast<ComputeType<Param>>(y(row)[at + i]);
-          view.param[offset + i * stride_of + row] = encode<Param>(value);
+          const auto value = static_cast<typename Types::Compute>(y(row)[at + i]);
+          view.param[offset + i * stride_of + row] = encode<typename Types::Param>(value);
         }
       }
     });
@@ -153,9 +155,9 @@ bool is_any(const RowSearch* searches, int64_t count, SearchState state) {
 }
 
 // Projects rows of at most kMostRows, alone.
-template <typename Param>
-void project_rows(const View<Param>& view, int64_t first_row, int64_t count, Scratch& scratch) {
-  using T = ComputeType<Param>;
+template <typename Types>
+void project_rows(const View<Types>& view, int64_t first_row, int64_t count, Scratch& scratch) {
+  using T = typename Types::Compute;
   const CoupledRows& rows = view.rows;
   const SetKind kind = rows.set.kind;
   double* const multipliers = view.multipliers + first_row;
@@ -240,13 +242,13 @@ void ProjectedStep::add_items(uint32_t tensor, Item::Rows rows, int64_t first, i
 }
 
 void ProjectedStep::bind(const std::vector<TensorEntry>& tensors,
-                         const std::vector<CoupledRows>& sets, Dtype param) {
+                         const std::vector<CoupledRows>& sets, Dtype compute) {
   items_.clear();
   long_rows_.clear();
   blocks_.clear();
   item_costs_.assign(1, 0);
   block_costs_.assign(1, 0);
-  const int64_t chunk = param == Dtype::float64 ? kNormChunk<double> : kNormChunk<float>;
+  const int64_t chunk = compute == Dtype::float64 ? kNormChunk<double> : kNormChunk<float>;
   int64_t chunks = 0;
   for (uint32_t i = 0; i < tensors.size(); ++i) {
     const CoupledRows& rows = sets[i];
@@ -280,11 +282,11 @@ void ProjectedStep::bind(const std::vector<TensorEntry>& tensors,
   sums_.resize(chunks);
 }
 
-template <typename Param>
+template <typename Types>
 class ProjectedStep::Run {
  public:
-  using T = ComputeType<Param>;
-  using Tensor = View<Param>;
+  using T = typename Types::Compute;
+  using Tensor = View<Types>;
 
   Run(ProjectedStep& self, const Bucket& bucket, const ForShares& for_shares)
       : self_(self), bucket_(bucket), for_shares_(for_shares) {}
@@ -362,7 +364,7 @@ class ProjectedStep::Run {
     Sums* const sums = sums_of(item, tensor);
     for_chunks<T>(item.count, [&](int64_t at, int64_t count) {
       step(item, at, count);
-      const Param* const first = tensor.param + item.first + at;
+      const auto* const first = tensor.param + item.first + at;
       sums[at / kNormChunk<T>].size =
           is_bounded ? size_bound(set.kind, first, count) : chunk_size(set.kind, first, count);
     });
@@ -488,16 +490,8 @@ class ProjectedStep::Run {
 };
 
 void ProjectedStep::step(const Bucket& bucket, const ForShares& for_shares) {
-  switch (kDtypePairs[bucket.pair].param) {
-    case Dtype::float32:
-      return Run<float32>(*this, bucket, for_shares)();
-    case Dtype::float64:
-      return Run<float64>(*this, bucket, for_shares)();
-    case Dtype::bfloat16:
-      return Run<bfloat16>(*this, bucket, for_shares)();
-    case Dtype::float16:
-      return Run<float16>(*this, bucket, for_shares)();
-  }
+  dispatch(bucket,
+           [&](auto key) { Run<typename decltype(key)::Rows>(*this, bucket, for_shares)(); });
 }
 
 }  // namespace adamal

@@ -23,9 +23,9 @@ class ProjectedStep {
   using Body = std::function<void(int64_t first, int64_t last)>;
   using ForShares = std::function<void(const std::vector<int64_t>& cost_before, const Body& body)>;
 
-  // Each set's rows cover its tensor; `param` is the tensors' type.
+  // Each set's rows cover its tensor; `compute` is what a step of them computes in.
   void bind(const std::vector<TensorEntry>& tensors, const std::vector<CoupledRows>& sets,
-            Dtype param);
+            Dtype compute);
 
   // Of a bucket of the bound tensors and sets. One that is watched has been stepped: its records
   // are of other items.
@@ -62,7 +62,7 @@ class ProjectedStep {
   };
 
   void add_items(uint32_t tensor, Item::Rows rows, int64_t first, int64_t last, int64_t most);
-  template <typename Param>
+  template <typename Types>
   class Run;
 
   std::vector<Item> items_;

@@ -33,15 +33,16 @@ inline void prefetch_block(const Storage* first, bool exceeds_caches) {
 }
 
 // Steps `count` elements; `remaining`, no fewer, are left to the tensor's end.
-template <SecondMoment kSecondMoment, bool kGuarded, typename Watch, typename Param, typename Grad,
-          typename T>
-ADAMAL_MULTIVERSIONED void step_elements(Param* __restrict param, const Grad* __restrict grad,
-                                         T* __restrict exp_avg, T* __restrict exp_avg_sq,
-                                         T* __restrict max_exp_avg_sq, int64_t count,
-                                         int64_t remaining, bool exceeds_caches,
+template <typename Key, bool kGuarded, typename Watch, typename T = typename Key::Compute>
+ADAMAL_MULTIVERSIONED void step_elements(typename Key::Param* __restrict param,
+                                         const typename Key::Grad* __restrict grad,
+                                         typename Key::ExpAvg* __restrict exp_avg,
+                                         typename Key::ExpAvgSq* __restrict exp_avg_sq,
+                                         typename Key::ExpAvgSq* __restrict max_exp_avg_sq,
+                                         int64_t count, int64_t remaining, bool exceeds_caches,
                                          const StepScalars<T>& shared_scalars,
                                          const BudgetChange<T>& change, Seen<T>* seen) {
-  constexpr bool kHasMax = kSecondMoment == SecondMoment::amsgrad;
+  constexpr bool kHasMax = Key::kHasMax;
   // A copy: through the reference, the stores below might change it.
   const StepScalars<T> scalars = shared_scalars;
   Watch watch(change, seen);
@@ -55,28 +56,31 @@ ADAMAL_MULTIVERSIONED void step_elements(Param* __restrict param, const Grad* __
     }
     const int64_t last = std::min(first + kBlock, count);
     for (int64_t i = first; i < last; ++i) {
-      Element<T> e{decode(param[i]), exp_avg[i], exp_avg_sq[i], T(0)};
-      if constexpr (kHasMax) e.max_exp_avg_sq = max_exp_avg_sq[i];
-      const T before = kHasMax ? e.max_exp_avg_sq : e.exp_avg_sq;
-      e = step_element<kSecondMoment, kGuarded>(e, static_cast<T>(decode(grad[i])), scalars);
-      param[i] = encode<Param>(e.param);
-      exp_avg[i] = e.exp_avg;
-      exp_avg_sq[i] = e.exp_avg_sq;
-      if constexpr (kHasMax) max_exp_avg_sq[i] = e.max_exp_avg_sq;
-      watch.see(i - first, before, e.max_exp_avg_sq);
+      auto* const maximum = kHasMax ? max_exp_avg_sq + i : nullptr;
+      const Element<T> old = load_element<Key>(param + i, exp_avg + i, exp_avg_sq + i, maximum);
+      const Element<T> e =
+          step_element<Key::kSecondMoment, kGuarded>(old, static_cast<T>(decode(grad[i])), scalars);
+      store_element<Key>(e, param + i, exp_avg + i, exp_avg_sq + i, maximum);
+      watch.see(i - first, kHasMax ? old.max_exp_avg_sq : old.exp_avg_sq,
+                as_stored<typename Key::ExpAvgSq>(e.max_exp_avg_sq));
     }
     watch.end_block((kHasMax ? max_exp_avg_sq : exp_avg_sq) + first, last - first, last == count);
   }
 }
 
 // The streams of one work item; grad is null where the tensor has none.
-template <typename Param, typename Grad, typename T>
+template <typename Key>
 struct Span {
+  using Param = typename Key::Param;
+  using Grad = typename Key::Grad;
+  using ExpAvg = typename Key::ExpAvg;
+  using ExpAvgSq = typename Key::ExpAvgSq;
+
   Param* param;
   const Grad* grad;
-  T* exp_avg;
-  T* exp_avg_sq;
-  T* max_exp_avg_sq;
+  ExpAvg* exp_avg;
+  ExpAvgSq* exp_avg_sq;
+  ExpAvgSq* max_exp_avg_sq;
   int64_t count;
   int64_t remaining;  // to the tensor's end
 
@@ -87,14 +91,10 @@ struct Span {
     if (const void* first = bucket.grads[item.tensor]) {
       grad = static_cast<const Grad*>(first) + offset;
     }
-    const auto elements = [&](Buffer::Index which) {
-      return static_cast<T*>(tensor.buffers[which]) + offset;
-    };
-    exp_avg = elements(Buffer::exp_avg);
-    exp_avg_sq = elements(Buffer::exp_avg_sq);
-    max_exp_avg_sq = tensor.buffers[Buffer::max_exp_avg_sq] == nullptr
-                         ? nullptr
-                         : elements(Buffer::max_exp_avg_sq);
+    exp_avg = static_cast<ExpAvg*>(tensor.buffers[Buffer::exp_avg]) + offset;
+    exp_avg_sq = static_cast<ExpAvgSq*>(tensor.buffers[Buffer::exp_avg_sq]) + offset;
+    max_exp_avg_sq = static_cast<ExpAvgSq*>(tensor.buffers[Buffer::max_exp_avg_sq]);
+    if (max_exp_avg_sq != nullptr) max_exp_avg_sq += offset;
     remaining = tensor.numel - offset;
     count = std::min(kCpuChunk, remaining);
   }
@@ -120,35 +120,34 @@ struct Span {
 };
 
 // The guards cost as much as all else: they are left out where they would change nothing.
-template <SecondMoment kSecondMoment, typename Watch, typename Param, typename Grad, typename T>
-void step_span(const Span<Param, Grad, T>& span, bool exceeds_caches, const StepScalars<T>& scalars,
+template <typename Key, typename Watch, typename T>
+void step_span(const Span<Key>& span, bool exceeds_caches, const StepScalars<T>& scalars,
                const BudgetChange<T>& change, Seen<T>* seen) {
-  const auto step = scalars.need_guards()
-                        ? step_elements<kSecondMoment, true, Watch, Param, Grad, T>
-                        : step_elements<kSecondMoment, false, Watch, Param, Grad, T>;
+  const auto step =
+      scalars.need_guards() ? step_elements<Key, true, Watch> : step_elements<Key, false, Watch>;
   step(span.param, span.grad, span.exp_avg, span.exp_avg_sq, span.max_exp_avg_sq, span.count,
        span.remaining, exceeds_caches, scalars, change, seen);
 }
 
-template <SecondMoment kSecondMoment, bool kWatched, typename Param, typename Grad>
+template <typename Key, bool kWatched>
 void step_items(const Bucket& bucket, int64_t first_item, int64_t last_item) {
-  using T = ComputeType<Param>;
+  using T = typename Key::Compute;
   // Small tensors lie anywhere: the next ones are fetched while these are stepped.
   constexpr int64_t kItemsAhead = 8;
   StepScalars<T> scalars;
   Budget<T> now{};
   int64_t scalars_row = -1;
-  using Watch = std::conditional_t<kWatched, Watched<kSecondMoment, kBlock, T>, Unwatched<T>>;
+  using Watch = std::conditional_t<kWatched, Watched<Key, kBlock>, Unwatched<T>>;
   Seen<T> seen = Seen<T>::nothing();
   int64_t seen_tensor = -1;
   for (int64_t i = first_item; i < last_item; ++i) {
     if (i + kItemsAhead < last_item) {
       const WorkItem ahead = bucket.items[i + kItemsAhead];
-      Span<Param, Grad, T>(bucket, ahead).prefetch_start();
+      Span<Key>(bucket, ahead).prefetch_start();
       if constexpr (kWatched) __builtin_prefetch(bucket.records[ahead.tensor] + ahead.chunk, 1);
     }
     const WorkItem item = bucket.items[i];
-    const Span<Param, Grad, T> span(bucket, item);
+    const Span<Key> span(bucket, item);
     if (span.grad == nullptr) continue;
     if (const uint32_t row = bucket.rows[item.tensor]; row != scalars_row) {
       scalars = StepScalars<T>(bucket.scalars[row]);
@@ -156,7 +155,7 @@ void step_items(const Bucket& bucket, int64_t first_item, int64_t last_item) {
       if constexpr (kWatched) now = Budget<T>::of(scalars);
     }
     const auto step_with = [&](const BudgetChange<T>& change) {
-      step_span<kSecondMoment, Watch>(span, bucket.exceeds_caches, scalars, change, &seen);
+      step_span<Key, Watch>(span, bucket.exceeds_caches, scalars, change, &seen);
     };
     if constexpr (kWatched) {
       ItemRecord* const record = bucket.records[item.tensor] + item.chunk;
@@ -176,30 +175,25 @@ void step_items(const Bucket& bucket, int64_t first_item, int64_t last_item) {
 }  // namespace
 
 void step_cpu(const Bucket& bucket, int64_t first_item, int64_t last_item) {
-  dispatch(bucket, [&](auto kernel) {
-    using Kernel = decltype(kernel);
-    using Param = typename Kernel::Param;
-    using Grad = typename Kernel::Grad;
-    constexpr SecondMoment kSecondMoment = Kernel::kSecondMoment;
+  dispatch(bucket, [&](auto key) {
     if (bucket.records == nullptr) {
-      step_items<kSecondMoment, false, Param, Grad>(bucket, first_item, last_item);
+      step_items<decltype(key), false>(bucket, first_item, last_item);
     } else {
-      step_items<kSecondMoment, true, Param, Grad>(bucket, first_item, last_item);
+      step_items<decltype(key), true>(bucket, first_item, last_item);
     }
   });
 }
 
 void step_elements_cpu(const Bucket& bucket, uint32_t tensor, int64_t first, int64_t count) {
   if (bucket.grads[tensor] == nullptr) return;
-  dispatch(bucket, [&](auto kernel) {
-    using Kernel = decltype(kernel);
-    using T = ComputeType<typename Kernel::Param>;
-    Span<typename Kernel::Param, typename Kernel::Grad, T> span(bucket, WorkItem{tensor, 0});
+  dispatch(bucket, [&](auto key) {
+    using Key = decltype(key);
+    using T = typename Key::Compute;
+    Span<Key> span(bucket, WorkItem{tensor, 0});
     span.move_to(first, count);
     const StepScalars<T> scalars(bucket.scalars[bucket.rows[tensor]]);
-    step_span<Kernel::kSecondMoment, Unwatched<T>>(span, bucket.exceeds_caches, scalars,
-                                                   BudgetChange<T>({}, {}),
-                                                   static_cast<Seen<T>*>(nullptr));
+    step_span<Key, Unwatched<T>>(span, bucket.exceeds_caches, scalars, BudgetChange<T>({}, {}),
+                                 static_cast<Seen<T>*>(nullptr));
   });
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/multiversioned.h"
+#include "formula/storage.h"
 #include "formula/watch.h"
 
 namespace adamal {
@@ -14,19 +15,24 @@ template <typename T>
 struct Unwatched {
   Unwatched(const BudgetChange<T>&, Seen<T>*) {}
   void see(int64_t, T, T) {}
-  void end_block(const T*, int64_t, bool) {}
+  template <typename Storage>
+  void end_block(const Storage*, int64_t, bool) {}
 };
 
 // Watches the elements of one item, in blocks of kBlock but for the last: the step's loop keeps
 // what v was and the root of what it is, and a loop of its own, which has registers for what it
 // finds, looks at some blocks that are in the first cache still.
-template <SecondMoment kSecondMoment, int64_t kBlock, typename T>
+template <typename Kernel, int64_t kBlock>
 class Watched {
  public:
+  using T = typename Kernel::Compute;
+  using Storage = typename Kernel::ExpAvgSq;
+
   // Adds to what has been seen, of which only the change need be of this item.
   Watched(const BudgetChange<T>& change, Seen<T>* seen) : change_(change), seen_(seen) {}
 
-  // Element i of a block. Its step takes the same root.
+  // Element i of a block, as it is stored. Its step takes the same root where storing rounds
+  // nothing.
   ADAMAL_FLATTENED void see(int64_t i, T before, T after) {
     using std::sqrt;
     before_[held_ + i] = before;
@@ -34,7 +40,7 @@ class Watched {
   }
 
   // After the last of a block's `count` elements, of which `after` has what v is now.
-  ADAMAL_FLATTENED void end_block(const T* after, int64_t count, bool is_last) {
+  ADAMAL_FLATTENED void end_block(const Storage* after, int64_t count, bool is_last) {
     held_ += count;
     if (held_ < kHeld && !is_last) return;
     look(after + count - held_, held_);
@@ -44,14 +50,14 @@ class Watched {
  private:
   using Key = typename Ordered<T>::Key;
 
-  static constexpr bool kFalls = kSecondMoment == SecondMoment::plain;
+  static constexpr bool kFalls = Kernel::kSecondMoment == SecondMoment::plain;
   static constexpr int64_t kHeld = 4 * kBlock;
 
-  ADAMAL_FLATTENED void look(const T* after, int64_t count) {
+  ADAMAL_FLATTENED void look(const Storage* after, int64_t count) {
     Key grown = 0, smallest = Ordered<T>::kLargest, largest = 0;
     for (int64_t i = 0; i < count; ++i) {
       const Key key = Ordered<T>::key_of(roots_[i]);
-      grown += after[i] > before_[i];
+      grown += decode(after[i]) > before_[i];
       smallest = key < smallest ? key : smallest;
       largest = key > largest ? key : largest;
     }

@@ -105,10 +105,10 @@ const char* squared_norm_cuda(const Bucket& bucket, const DeviceTables& tables, 
   cudaError_t error = cudaSuccess;
   const bool known = dispatch(bucket, [&](auto key) {
     using Key = decltype(key);
-    error = launch_all<ComputeType<typename Key::Param>, typename Key::Grad>(
+    error = launch_all<typename Key::Compute, typename Key::Grad>(
         bucket, tables, scratch, total, static_cast<cudaStream_t>(stream));
   });
-  if (!known) return "no kernel for this pair of types and second moment";
+  if (!known) return kNoKernel;
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

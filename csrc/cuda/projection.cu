@@ -45,7 +45,7 @@ cudaError_t launch(const Kernel& kernel, int64_t blocks, cudaStream_t stream) {
 template <typename Key>
 const char* launch_all(const Bucket& bucket, const DeviceTables& tables, const SetTables& sets,
                        cudaStream_t stream) {
-  using T = ComputeType<typename Key::Param>;
+  using T = typename Key::Compute;
   const auto scalars = DeviceRows<T>::at(sets.scalars);
   cudaError_t error = cudaMemsetAsync(sets.is_searching, 0, sets.zeroed_bytes, stream);
   if (error != cudaSuccess) return cudaGetErrorString(error);
@@ -65,8 +65,8 @@ const char* launch_all(const Bucket& bucket, const DeviceTables& tables, const S
     }
   }
   if (error == cudaSuccess) {
-    project_bucket<typename Key::Param>(tables.tensors, sets, kPieceBlocks,
-                                        bucket.records == nullptr, launch_on_stream);
+    project_bucket<typename Key::Rows>(tables.tensors, sets, kPieceBlocks,
+                                       bucket.records == nullptr, launch_on_stream);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -81,7 +81,7 @@ const char* step_and_project_cuda(const Bucket& bucket, const DeviceTables& tabl
   const bool known = dispatch(bucket, [&](auto key) {
     failure = launch_all<decltype(key)>(bucket, tables, sets, static_cast<cudaStream_t>(stream));
   });
-  return known ? failure : "no kernel for this pair of types and second moment";
+  return known ? failure : kNoKernel;
 }
 
 }  // namespace adamal

@@ -41,11 +41,11 @@ struct StoreScalars {
 
 // The step of a bucket with sets, a block a work item. It adds the sizes of what it has stored of a
 // long row, still in cache.
-template <SecondMoment kSecondMoment, typename Param, typename Grad>
+template <typename Key>
 struct StepBlock {
-  using T = ComputeType<Param>;
+  using T = typename Key::Compute;
   static_assert(kNormChunk<T> == kCudaChunk<T>);
-  static constexpr int kResident = kStepResidentBlocks<kSecondMoment, T>;
+  static constexpr int kResident = kStepResidentBlocks<Key>;
   struct Shared {
     double leaves[kCudaBlockThreads];
   };
@@ -56,13 +56,13 @@ struct StepBlock {
   template <typename Block>
   ADAMAL_HD ADAMAL_INLINE void operator()(const Block& block, Shared& shared) const {
     const int64_t index = block.index();
-    block.phase([&](int thread) { step_block<kSecondMoment, Param, Grad>(params, index, thread); });
+    block.phase([&](int thread) { step_block<Key>(params, index, thread); });
     const WorkItem item = params.items[index];
     const SetEntry& entry = sets[item.tensor];
     // Zeros where nothing was stepped, too.
     if (!entry.sizes_come_with_step || !projects(scalars_of<T>(entry))) return;
     block.phase([&](int thread) {
-      const SteppedRow<Param> row(entry.rows, params.tensors[item.tensor], 0);
+      const SteppedRow<typename Key::Rows> row(entry.rows, params.tensors[item.tensor], 0);
       const int64_t first = item.chunk * kCudaChunk<T> + thread * kPieceLeaf<T>;
       shared.leaves[thread] = row.template size_of_leaf<kPieceLeaf<T>>(first);
     });
@@ -74,9 +74,9 @@ struct StepBlock {
 };
 
 // Projects a tile of short rows, from the sizes to the stores.
-template <typename Param>
+template <typename Types>
 struct ProjectTile {
-  using T = ComputeType<Param>;
+  using T = typename Types::Compute;
   static constexpr int kResident = 1;
   struct Shared {
     SetTerms leaves[kTileLeaves];
@@ -106,7 +106,7 @@ struct ProjectTile {
       const int row = tile.row_of(thread);
       const int lane = tile.lane_of(thread);
       if (row >= row_count || lane >= tile.lanes) return;
-      const SteppedRow<Param> stepped(rows, tensor, first_row + row);
+      const SteppedRow<Types> stepped(rows, tensor, first_row + row);
       for (int leaf = lane; leaf < tile.leaves; leaf += tile.lanes) {
         body(stepped, row, row * tile.leaves + leaf, int64_t(leaf) * kTileLeaf);
       }
@@ -165,13 +165,13 @@ struct LongRows {
 };
 
 // Adds up one piece, by leaves that leaf(row, first element) adds, into its sum.
-template <typename Param, typename Block, typename Leaf>
+template <typename Types, typename Block, typename Leaf>
 ADAMAL_HD ADAMAL_INLINE void add_piece(const Block& block, const SetEntry& entry,
                                        const TensorEntry& tensor, int64_t piece, SetTerms* leaves,
                                        const Leaf& leaf) {
-  using T = ComputeType<Param>;
+  using T = typename Types::Compute;
   block.phase([&](int thread) {
-    const SteppedRow<Param> row(entry.rows, tensor, piece % entry.rows.rows);
+    const SteppedRow<Types> row(entry.rows, tensor, piece % entry.rows.rows);
     const int64_t first = piece / entry.rows.rows * kNormChunk<T> + thread * kPieceLeaf<T>;
     leaves[thread] = leaf(row, first);
   });
@@ -202,9 +202,9 @@ ADAMAL_HD ADAMAL_INLINE void add_row(const Block& block, const SetEntry& entry, 
 }
 
 // The sizes of long rows that the step has not added.
-template <typename Param>
+template <typename Types>
 struct AddSizes : LongRows {
-  using T = ComputeType<Param>;
+  using T = typename Types::Compute;
   static constexpr int kResident = 1;
   struct Shared {
     SetTerms leaves[kCudaBlockThreads];
@@ -219,8 +219,8 @@ struct AddSizes : LongRows {
       const SetEntry& entry = sets[item.tensor];
       if ((step_added_some && entry.sizes_come_with_step) || !projects(scalars_of<T>(entry)))
         continue;
-      add_piece<Param>(block, entry, tensors[item.tensor], item.chunk, shared.leaves,
-                       [](const SteppedRow<Param>& row, int64_t first) {
+      add_piece<Types>(block, entry, tensors[item.tensor], item.chunk, shared.leaves,
+                       [](const SteppedRow<Types>& row, int64_t first) {
                          return SetTerms{row.template size_of_leaf<kPieceLeaf<T>>(first), 0};
                        });
     }
@@ -257,9 +257,9 @@ struct BeginSearches : LongRows {
 };
 
 // Adds the terms of rows that are searching, at their multipliers.
-template <typename Param>
+template <typename Types>
 struct Evaluate : LongRows {
-  using T = ComputeType<Param>;
+  using T = typename Types::Compute;
   static constexpr int kResident = 1;
   struct Shared {
     SetTerms leaves[kCudaBlockThreads];
@@ -275,8 +275,8 @@ struct Evaluate : LongRows {
       const SetEntry& entry = sets[item.tensor];
       const RowSearch& search = entry.searches[item.chunk % entry.rows.rows];
       if (search.state != SearchState::searching) continue;
-      add_piece<Param>(block, entry, tensors[item.tensor], item.chunk, shared.leaves,
-                       [&](const SteppedRow<Param>& row, int64_t first) {
+      add_piece<Types>(block, entry, tensors[item.tensor], item.chunk, shared.leaves,
+                       [&](const SteppedRow<Types>& row, int64_t first) {
                          return row.template terms_of_leaf<kPieceLeaf<T>>(
                              first, scalars_of<T>(entry), search.multiplier);
                        });
@@ -311,9 +311,9 @@ struct ContinueSearches : LongRows {
 };
 
 // Ends the searches, a block a row, and keeps the multipliers for the next step.
-template <typename Param>
+template <typename Types>
 struct FinishSearches : LongRows {
-  using T = ComputeType<Param>;
+  using T = typename Types::Compute;
   static constexpr int kResident = 1;
   struct Shared {
     SetTerms leaves[kCudaBlockThreads];
@@ -331,8 +331,8 @@ struct FinishSearches : LongRows {
     });
     while (shared.search.state == SearchState::searching) {
       for (int64_t chunk = 0; chunk < chunks_of<T>(entry.rows); ++chunk) {
-        add_piece<Param>(block, entry, tensor, chunk * entry.rows.rows + item.chunk, shared.leaves,
-                         [&](const SteppedRow<Param>& row, int64_t first) {
+        add_piece<Types>(block, entry, tensor, chunk * entry.rows.rows + item.chunk, shared.leaves,
+                         [&](const SteppedRow<Types>& row, int64_t first) {
                            return row.template terms_of_leaf<kPieceLeaf<T>>(
                                first, scalars_of<T>(entry), shared.search.multiplier);
                          });
@@ -351,9 +351,9 @@ struct FinishSearches : LongRows {
 };
 
 // Projects the rows for which a search was needed.
-template <typename Param>
+template <typename Types>
 struct ProjectPieces : LongRows {
-  using T = ComputeType<Param>;
+  using T = typename Types::Compute;
   static constexpr int kResident = 1;
   struct Shared {};
 
@@ -366,7 +366,7 @@ struct ProjectPieces : LongRows {
       const int64_t index = item.chunk % entry.rows.rows;
       if (entry.searches[index].state != SearchState::found) continue;
       block.phase([&](int thread) {
-        const SteppedRow<Param> row(entry.rows, tensors[item.tensor], index);
+        const SteppedRow<Types> row(entry.rows, tensors[item.tensor], index);
         const int64_t chunk = item.chunk / entry.rows.rows;
         row.template project_leaf<kPieceLeaf<T>>(chunk * kNormChunk<T> + thread * kPieceLeaf<T>,
                                                  scalars_of<T>(entry), entry.searches[index]);

@@ -29,7 +29,7 @@ template <typename Key, typename T, typename Launch>
 bool step_bucket(const Bucket& bucket, const DeviceTables& tables, const SetTables& sets,
                  DeviceRows<T> scalars, const Launch& launch) {
   GradientSplitter<T> splitter(bucket);
-  StepBlock<Key::kSecondMoment, typename Key::Param, typename Key::Grad> kernel;
+  StepBlock<Key> kernel;
   kernel.params.scalars = scalars;
   kernel.sets = sets.entries;
   while (splitter.next(kernel.params.kTensorCapacity)) {
@@ -41,12 +41,12 @@ bool step_bucket(const Bucket& bucket, const DeviceTables& tables, const SetTabl
 
 // The same for what follows the step, in order. At most `piece_blocks` share the pieces.
 // `step_added_some`: whether it was that of step_bucket.
-template <typename Param, typename Launch>
+template <typename Types, typename Launch>
 bool project_bucket(const TensorEntry* tensors, const SetTables& tables, int64_t piece_blocks,
                     bool step_added_some, const Launch& launch) {
-  using T = ComputeType<Param>;
+  using T = typename Types::Compute;
   if (tables.tile_count > 0 &&
-      !launch(ProjectTile<Param>{tensors, tables.entries, tables.tiles}, tables.tile_count)) {
+      !launch(ProjectTile<Types>{tensors, tables.entries, tables.tiles}, tables.tile_count)) {
     return false;
   }
   if (tables.piece_count == 0) return true;
@@ -55,16 +55,16 @@ bool project_bucket(const TensorEntry* tensors, const SetTables& tables, int64_t
   const int64_t over_pieces = min_of(tables.piece_count, piece_blocks);
   const int64_t over_rows = tables.long_row_count;
   if ((tables.has_sizes_to_add || !step_added_some) &&
-      !launch(AddSizes<Param>{{rows}, step_added_some}, over_pieces)) {
+      !launch(AddSizes<Types>{{rows}, step_added_some}, over_pieces)) {
     return false;
   }
   if (!launch(BeginSearches<T>{rows}, over_rows)) return false;
   for (int32_t round = 0; round < kSearchRounds; ++round) {
-    if (!launch(Evaluate<Param>{{rows}, round}, over_pieces)) return false;
+    if (!launch(Evaluate<Types>{{rows}, round}, over_pieces)) return false;
     if (!launch(ContinueSearches<T>{{rows}, round}, over_rows)) return false;
   }
-  return launch(FinishSearches<Param>{rows}, over_rows) &&
-         launch(ProjectPieces<Param>{rows}, over_pieces);
+  return launch(FinishSearches<Types>{rows}, over_rows) &&
+         launch(ProjectPieces<Types>{rows}, over_pieces);
 }
 
 }  // namespace adamal

@@ -89,7 +89,7 @@ struct SetTables {
 class SetWork {
  public:
   explicit SetWork(const Bucket& bucket) : bucket_(bucket) {
-    const int64_t chunk = cuda_chunk(bucket.pair);
+    const int64_t chunk = cuda_chunk(bucket.format);
     for (int64_t i = 0; i < bucket.tensor_count; ++i) {
       const auto tensor = static_cast<uint32_t>(i);
       const CoupledRows& rows = bucket.sets[i];
@@ -163,7 +163,7 @@ class SetWork {
     for (int64_t i = 0; i < count; ++i) items->push_back({tensor, static_cast<uint32_t>(i)});
   }
 
-  bool is_double() const { return kDtypePairs[bucket_.pair].param == Dtype::float64; }
+  bool is_double() const { return kFormats[bucket_.format].compute() == Dtype::float64; }
   int64_t scalars_bytes() const {
     const auto count = static_cast<int64_t>(entries_.size());
     return is_double() ? DeviceRows<double>::bytes(count) : DeviceRows<float>::bytes(count);

@@ -16,23 +16,21 @@
 namespace adamal {
 namespace {
 
-template <SecondMoment kSecondMoment, typename Param, typename Grad, typename Params>
-__global__ void __launch_bounds__(kCudaBlockThreads,
-                                  kStepResidentBlocks<kSecondMoment, ComputeType<Param>>)
+template <typename Key, typename Params>
+__global__ void __launch_bounds__(kCudaBlockThreads, kStepResidentBlocks<Key>)
     adamal_step(const __grid_constant__ Params params) {
-  step_block<kSecondMoment, Param, Grad>(params, blockIdx.x, threadIdx.x);
+  step_block<Key>(params, blockIdx.x, threadIdx.x);
 }
 
 template <typename Key, typename Params>
 cudaError_t launch(const Params& params, int64_t block_count, cudaStream_t stream) {
-  adamal_step<Key::kSecondMoment, typename Key::Param, typename Key::Grad>
-      <<<static_cast<unsigned>(block_count), kCudaBlockThreads, 0, stream>>>(params);
+  adamal_step<Key><<<static_cast<unsigned>(block_count), kCudaBlockThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
 template <typename Key>
 cudaError_t launch_all(const Bucket& bucket, const DeviceTables& tables, cudaStream_t stream) {
-  using T = ComputeType<typename Key::Param>;
+  using T = typename Key::Compute;
   using Small = SmallLaunchParams<T>;
   LaunchSplitter<T> splitter(bucket, tables.tensors, tables.items);
   LargeLaunchParams<T> params;
@@ -50,7 +48,7 @@ cudaError_t launch_all(const Bucket& bucket, const DeviceTables& tables, cudaStr
 template <typename Key>
 cudaError_t launch_all_on_device(const Bucket& bucket, const DeviceTables& tables, void* rows,
                                  cudaStream_t stream) {
-  using T = ComputeType<typename Key::Param>;
+  using T = typename Key::Compute;
   using Large = LargeDeviceLaunchParams<T>;
   using Small = SmallDeviceLaunchParams<T>;
   const auto scalars = DeviceRows<T>::at(rows);
@@ -78,7 +76,7 @@ cudaError_t launch_all_on_device(const Bucket& bucket, const DeviceTables& table
 }  // namespace
 
 int64_t device_rows_bytes(const Bucket& bucket) {
-  return kDtypePairs[bucket.pair].param == Dtype::float64
+  return kFormats[bucket.format].compute() == Dtype::float64
              ? DeviceRows<double>::bytes(bucket.tensor_count)
              : DeviceRows<float>::bytes(bucket.tensor_count);
 }
@@ -92,7 +90,7 @@ const char* step_cuda(const Bucket& bucket, const DeviceTables& tables, void* ro
     error = bucket.device == nullptr ? launch_all<Key>(bucket, tables, on)
                                      : launch_all_on_device<Key>(bucket, tables, rows, on);
   });
-  if (!known) return "no kernel for this pair of types and second moment";
+  if (!known) return kNoKernel;
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

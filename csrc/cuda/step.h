@@ -18,8 +18,8 @@ template <typename T>
 inline constexpr int64_t kCudaChunk = kCudaBlockThreads * kCudaThreadElements<T>;
 
 // Elements a CUDA work item covers.
-constexpr int64_t cuda_chunk(int pair) {
-  return kDtypePairs[pair].param == Dtype::float64 ? kCudaChunk<double> : kCudaChunk<float>;
+constexpr int64_t cuda_chunk(int format) {
+  return kFormats[format].compute() == Dtype::float64 ? kCudaChunk<double> : kCudaChunk<float>;
 }
 
 inline constexpr const char* kTooManyItems =

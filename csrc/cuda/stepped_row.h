@@ -101,17 +101,18 @@ ADAMAL_HD ADAMAL_INLINE void add_leaves(const Block& block, Value* leaves, int r
 }
 
 // One row of a tensor, after the step has stored it.
-template <typename ParamType>
+template <typename Types>
 class SteppedRow {
  public:
-  using Param = ParamType;
-  using T = ComputeType<Param>;
+  using Param = typename Types::Param;
+  using ExpAvgSq = typename Types::ExpAvgSq;
+  using T = typename Types::Compute;
 
   ADAMAL_HD SteppedRow(const CoupledRows& rows, const TensorEntry& tensor, int64_t row)
       : rows_(rows) {
     const int64_t offset = rows.row_offset(row);
     param_ = static_cast<Param*>(tensor.param) + offset;
-    denominator_sq_ = static_cast<const T*>(tensor.divisor()) + offset;
+    denominator_sq_ = static_cast<const ExpAvgSq*>(tensor.divisor()) + offset;
 #ifdef __CUDA_ARCH__
     __builtin_assume(__isGlobal(param_));
     __builtin_assume(__isGlobal(denominator_sq_));
@@ -136,8 +137,8 @@ class SteppedRow {
     const auto denominator_sq = leaf.load(denominator_sq_);
     return add_leaf<SetTerms, kWidth>([&](int j) {
       if (!leaf.has(j)) return SetTerms{0, 0};
-      return set_terms(rows_.set.kind, value_of(param, j),
-                       metric_of(denominator_sq.lane[j], scalars), multiplier);
+      return set_terms(rows_.set.kind, value_of(param, j), metric_at(denominator_sq, j, scalars),
+                       multiplier);
     });
   }
 
@@ -151,7 +152,7 @@ class SteppedRow {
     ADAMAL_UNROLL
     for (int j = 0; j < kWidth; ++j) {
       const double moved =
-          projected(rows_.set.kind, value_of(param, j), metric_of(denominator_sq.lane[j], scalars),
+          projected(rows_.set.kind, value_of(param, j), metric_at(denominator_sq, j, scalars),
                     search.multiplier, search.scale);
       param.lane[j] = encode<Param>(static_cast<T>(moved));
     }
@@ -163,10 +164,15 @@ class SteppedRow {
   ADAMAL_HD static ADAMAL_INLINE double value_of(const Pack& param, int j) {
     return static_cast<T>(decode(param.lane[j]));
   }
+  template <typename Pack>
+  ADAMAL_HD static ADAMAL_INLINE double metric_at(const Pack& denominator_sq, int j,
+                                                  const StepScalars<T>& scalars) {
+    return metric_of(static_cast<T>(decode(denominator_sq.lane[j])), scalars);
+  }
 
   const CoupledRows& rows_;
   Param* param_;
-  const T* denominator_sq_;
+  const ExpAvgSq* denominator_sq_;
 };
 
 template <typename T>

@@ -125,19 +125,14 @@ struct Pack {
   }
 };
 
-// What a block works on: the streams of one chunk. Moment is their storage type, apart from the
-// compute type.
-template <typename ParamType, typename GradType, typename MomentType>
+// What a block works on: the streams of one chunk. Key is a KernelKey.
+template <typename Key>
 struct Chunk {
-  using Param = ParamType;
-  using Grad = GradType;
-  using Moment = MomentType;
-
-  Param* param;
-  const Grad* grad;
-  Moment* exp_avg;
-  Moment* exp_avg_sq;
-  Moment* max_exp_avg_sq;  // nullptr unless amsgrad
+  typename Key::Param* param;
+  const typename Key::Grad* grad;
+  typename Key::ExpAvg* exp_avg;
+  typename Key::ExpAvgSq* exp_avg_sq;
+  typename Key::ExpAvgSq* max_exp_avg_sq;  // nullptr unless amsgrad
   int count;
 
   ADAMAL_HD ADAMAL_INLINE bool is_aligned() const {
@@ -155,10 +150,11 @@ ADAMAL_HD constexpr T min_of(T a, T b) {
 }
 
 // Elements in a vector: one 16-byte access of the smallest storage type, several of the others.
-template <typename Chunk>
+template <typename Key>
 inline constexpr int kVectorWidth =
-    kAccessBytes / int(min_of(min_of(sizeof(typename Chunk::Param), sizeof(typename Chunk::Grad)),
-                              sizeof(typename Chunk::Moment)));
+    kAccessBytes /
+    int(min_of(min_of(sizeof(typename Key::Param), sizeof(typename Key::Grad)),
+               min_of(sizeof(typename Key::ExpAvg), sizeof(typename Key::ExpAvgSq))));
 
 // What a thread does besides: nothing. cuda/watched_block.h has the other.
 struct NotWatching {
@@ -170,16 +166,15 @@ struct NotWatching {
 
 // Steps kBatch packs of kLanes elements, the first at `first`, each `stride` further. All loads
 // are issued before the first is used: their latencies overlap.
-template <SecondMoment kSecondMoment, int kLanes, int kBatch, typename Chunk, typename T,
-          typename Watch>
-ADAMAL_HD ADAMAL_INLINE void step_packs(const Chunk& chunk, const StepScalars<T>& scalars,
+template <int kLanes, int kBatch, typename Key, typename T, typename Watch>
+ADAMAL_HD ADAMAL_INLINE void step_packs(const Chunk<Key>& chunk, const StepScalars<T>& scalars,
                                         int first, int stride, Watch& watch) {
-  constexpr bool kHasMax = kSecondMoment == SecondMoment::amsgrad;
-  Pack<typename Chunk::Param, kLanes> param[kBatch];
-  Pack<typename Chunk::Grad, kLanes> grad[kBatch];
-  Pack<typename Chunk::Moment, kLanes> exp_avg[kBatch];
-  Pack<typename Chunk::Moment, kLanes> exp_avg_sq[kBatch];
-  Pack<typename Chunk::Moment, kLanes> max_exp_avg_sq[kHasMax ? kBatch : 1];
+  constexpr bool kHasMax = Key::kHasMax;
+  Pack<typename Key::Param, kLanes> param[kBatch];
+  Pack<typename Key::Grad, kLanes> grad[kBatch];
+  Pack<typename Key::ExpAvg, kLanes> exp_avg[kBatch];
+  Pack<typename Key::ExpAvgSq, kLanes> exp_avg_sq[kBatch];
+  Pack<typename Key::ExpAvgSq, kLanes> max_exp_avg_sq[kHasMax ? kBatch : 1];
 
   ADAMAL_UNROLL
   for (int i = 0; i < kBatch; ++i) {
@@ -198,23 +193,19 @@ ADAMAL_HD ADAMAL_INLINE void step_packs(const Chunk& chunk, const StepScalars<T>
     const auto old_max_exp_avg_sq = max_exp_avg_sq[kHasMax ? i : 0];
     ADAMAL_UNROLL
     for (int j = 0; j < kLanes; ++j) {
-      Element<T> e{static_cast<T>(decode(param[i].lane[j])),
-                   static_cast<T>(decode(exp_avg[i].lane[j])),
-                   static_cast<T>(decode(exp_avg_sq[i].lane[j])), T(0)};
-      if constexpr (kHasMax) e.max_exp_avg_sq = static_cast<T>(decode(max_exp_avg_sq[i].lane[j]));
-      const T before = kHasMax ? e.max_exp_avg_sq : e.exp_avg_sq;
-      e = step_element<kSecondMoment>(e, static_cast<T>(decode(grad[i].lane[j])), scalars);
-      watch.see(before, e.max_exp_avg_sq);
-      param[i].lane[j] = encode<typename Chunk::Param>(e.param);
-      exp_avg[i].lane[j] = encode<typename Chunk::Moment>(e.exp_avg);
-      exp_avg_sq[i].lane[j] = encode<typename Chunk::Moment>(e.exp_avg_sq);
-      if constexpr (kHasMax) {
-        max_exp_avg_sq[i].lane[j] = encode<typename Chunk::Moment>(e.max_exp_avg_sq);
-      }
+      auto* const maximum = kHasMax ? &max_exp_avg_sq[i].lane[j] : nullptr;
+      const Element<T> old = load_element<Key>(&param[i].lane[j], &exp_avg[i].lane[j],
+                                               &exp_avg_sq[i].lane[j], maximum);
+      const Element<T> e =
+          step_element<Key::kSecondMoment>(old, static_cast<T>(decode(grad[i].lane[j])), scalars);
+      watch.see(kHasMax ? old.max_exp_avg_sq : old.exp_avg_sq,
+                as_stored<typename Key::ExpAvgSq>(e.max_exp_avg_sq));
+      store_element<Key>(e, &param[i].lane[j], &exp_avg[i].lane[j], &exp_avg_sq[i].lane[j],
+                         maximum);
     }
     param[i].store(chunk.param + offset);
     exp_avg[i].store(chunk.exp_avg + offset);
-    if constexpr (kSecondMoment == SecondMoment::monotone) {
+    if constexpr (Key::kSecondMoment == SecondMoment::monotone) {
       exp_avg_sq[i].store_changed(chunk.exp_avg_sq + offset, old_exp_avg_sq);
     } else {
       exp_avg_sq[i].store(chunk.exp_avg_sq + offset);
@@ -226,10 +217,10 @@ ADAMAL_HD ADAMAL_INLINE void step_packs(const Chunk& chunk, const StepScalars<T>
 }
 
 // One thread's share of a chunk. Neighbouring threads take neighbouring vectors.
-template <SecondMoment kSecondMoment, typename Chunk, typename T, typename Watch>
-ADAMAL_HD ADAMAL_INLINE void step_chunk(const Chunk& chunk, const StepScalars<T>& scalars,
+template <typename Key, typename T, typename Watch>
+ADAMAL_HD ADAMAL_INLINE void step_chunk(const Chunk<Key>& chunk, const StepScalars<T>& scalars,
                                         int thread, Watch& watch) {
-  constexpr int kWidth = kVectorWidth<Chunk>;
+  constexpr int kWidth = kVectorWidth<Key>;
   constexpr int kVectors = kCudaThreadElements<T> / kWidth;
   static_assert(kVectors * kWidth == kCudaThreadElements<T>);
   constexpr int kThreads = kCudaBlockThreads;
@@ -238,21 +229,20 @@ ADAMAL_HD ADAMAL_INLINE void step_chunk(const Chunk& chunk, const StepScalars<T>
     constexpr int kBatch = 4;
     int i = thread;
     for (; i + (kBatch - 1) * kThreads < chunk.count; i += kBatch * kThreads) {
-      step_packs<kSecondMoment, 1, kBatch>(chunk, scalars, i, kThreads, watch);
+      step_packs<1, kBatch>(chunk, scalars, i, kThreads, watch);
     }
     for (; i < chunk.count; i += kThreads) {
-      step_packs<kSecondMoment, 1, 1>(chunk, scalars, i, 0, watch);
+      step_packs<1, 1>(chunk, scalars, i, 0, watch);
     }
   } else if (chunk.count == kCudaChunk<T>) {
-    step_packs<kSecondMoment, kWidth, kVectors>(chunk, scalars, thread * kWidth, kThreads * kWidth,
-                                                watch);
+    step_packs<kWidth, kVectors>(chunk, scalars, thread * kWidth, kThreads * kWidth, watch);
   } else {
     for (int i = thread * kWidth; i < chunk.count; i += kThreads * kWidth) {
       if (i + kWidth <= chunk.count) {
-        step_packs<kSecondMoment, kWidth, 1>(chunk, scalars, i, 0, watch);
+        step_packs<kWidth, 1>(chunk, scalars, i, 0, watch);
       } else {
         for (int j = i; j < chunk.count; ++j) {
-          step_packs<kSecondMoment, 1, 1>(chunk, scalars, j, 0, watch);
+          step_packs<1, 1>(chunk, scalars, j, 0, watch);
         }
       }
     }
@@ -261,20 +251,20 @@ ADAMAL_HD ADAMAL_INLINE void step_chunk(const Chunk& chunk, const StepScalars<T>
 
 // Resident blocks a multiprocessor must hold, which caps the registers: without it ptxas aims at 64
 // registers and spills, with one more block as well. float64 and a third moment need more of them.
-template <SecondMoment kSecondMoment, typename T>
+template <typename Key>
 inline constexpr int kStepResidentBlocks =
-    sizeof(T) == sizeof(double) || kSecondMoment == SecondMoment::amsgrad ? 2 : 3;
+    sizeof(typename Key::Compute) == sizeof(double) || Key::kHasMax ? 2 : 3;
 
 // One thread of one block of a launch; LaunchParams is in cuda/launches.h.
-template <SecondMoment kSecondMoment, typename Param, typename Grad, typename LaunchParams,
-          typename Watch>
+template <typename Key, typename LaunchParams, typename Watch>
 ADAMAL_HD ADAMAL_INLINE void step_block(const LaunchParams& params, int64_t block, int thread,
                                         Watch& watch) {
-  using T = ComputeType<Param>;
+  using T = typename Key::Compute;
+  using ExpAvgSq = typename Key::ExpAvgSq;
   if (params.is_skipped()) return;
   const WorkItem item = params.items[block];
   const uint32_t slot = item.tensor - params.first_tensor;
-  const Grad* grad = static_cast<const Grad*>(params.grads[slot]);
+  const auto* grad = static_cast<const typename Key::Grad*>(params.grads[slot]);
   if (grad == nullptr) return;
 
   const TensorEntry tensor = params.tensors[item.tensor];
@@ -283,29 +273,29 @@ ADAMAL_HD ADAMAL_INLINE void step_block(const LaunchParams& params, int64_t bloc
   __builtin_assume(__isGlobal(tensor.param));
   __builtin_assume(__isGlobal(tensor.buffers[Buffer::exp_avg]));
   __builtin_assume(__isGlobal(tensor.buffers[Buffer::exp_avg_sq]));
-  if (kSecondMoment == SecondMoment::amsgrad) {
+  if (Key::kHasMax) {
     __builtin_assume(__isGlobal(tensor.buffers[Buffer::max_exp_avg_sq]));
   }
 #endif
   const int64_t offset = item.chunk * kCudaChunk<T>;
-  Chunk<Param, Grad, T> chunk{static_cast<Param*>(tensor.param) + offset,
-                              grad + offset,
-                              static_cast<T*>(tensor.buffers[Buffer::exp_avg]) + offset,
-                              static_cast<T*>(tensor.buffers[Buffer::exp_avg_sq]) + offset,
-                              nullptr,
-                              int(min_of(tensor.numel - offset, kCudaChunk<T>))};
-  if constexpr (kSecondMoment == SecondMoment::amsgrad) {
-    chunk.max_exp_avg_sq = static_cast<T*>(tensor.buffers[Buffer::max_exp_avg_sq]) + offset;
+  Chunk<Key> chunk{static_cast<typename Key::Param*>(tensor.param) + offset,
+                   grad + offset,
+                   static_cast<typename Key::ExpAvg*>(tensor.buffers[Buffer::exp_avg]) + offset,
+                   static_cast<ExpAvgSq*>(tensor.buffers[Buffer::exp_avg_sq]) + offset,
+                   nullptr,
+                   int(min_of(tensor.numel - offset, kCudaChunk<T>))};
+  if constexpr (Key::kHasMax) {
+    chunk.max_exp_avg_sq = static_cast<ExpAvgSq*>(tensor.buffers[Buffer::max_exp_avg_sq]) + offset;
   }
   const StepScalars<T> scalars = params.scalars_of(slot);
   watch.begin(scalars);
-  step_chunk<kSecondMoment>(chunk, scalars, thread, watch);
+  step_chunk(chunk, scalars, thread, watch);
 }
 
-template <SecondMoment kSecondMoment, typename Param, typename Grad, typename LaunchParams>
+template <typename Key, typename LaunchParams>
 ADAMAL_HD ADAMAL_INLINE void step_block(const LaunchParams& params, int64_t block, int thread) {
   NotWatching watch;
-  step_block<kSecondMoment, Param, Grad>(params, block, thread, watch);
+  step_block<Key>(params, block, thread, watch);
 }
 
 }  // namespace adamal

@@ -53,12 +53,12 @@ struct ThreadWatch {
 };
 
 // What one thread of a block, which has something to step, has seen.
-template <SecondMoment kSecondMoment, typename Param, typename Grad, typename Params>
-ADAMAL_HD ADAMAL_INLINE Seen<ComputeType<Param>> watched_thread(const Params& params, int64_t block,
-                                                                int thread,
-                                                                const ItemRecord* record) {
-  ThreadWatch<ComputeType<Param>> watch{record};
-  step_block<kSecondMoment, Param, Grad>(params, block, thread, watch);
+template <typename Key, typename Params>
+ADAMAL_HD ADAMAL_INLINE Seen<typename Key::Compute> watched_thread(const Params& params,
+                                                                   int64_t block, int thread,
+                                                                   const ItemRecord* record) {
+  ThreadWatch<typename Key::Compute> watch{record};
+  step_block<Key>(params, block, thread, watch);
   return watch.seen;
 }
 

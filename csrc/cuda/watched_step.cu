@@ -16,9 +16,9 @@ constexpr int kWarpThreads = 32;
 constexpr int kWarps = kCudaBlockThreads / kWarpThreads;
 
 // As in cuda/step.cu, one fewer: what a thread has seen takes registers too.
-template <SecondMoment kSecondMoment, typename T>
+template <typename Key>
 constexpr int kResidentBlocks =
-    sizeof(T) == sizeof(double) && kSecondMoment == SecondMoment::amsgrad ? 1 : 2;
+    sizeof(typename Key::Compute) == sizeof(double) && Key::kHasMax ? 1 : 2;
 
 // What the threads of a warp have seen, in its first.
 template <typename T>
@@ -31,16 +31,14 @@ __device__ Seen<T> seen_by_warp(Seen<T> seen) {
   return seen;
 }
 
-template <SecondMoment kSecondMoment, typename Param, typename Grad, typename Params>
-__global__ void __launch_bounds__(kCudaBlockThreads,
-                                  kResidentBlocks<kSecondMoment, ComputeType<Param>>)
+template <typename Key, typename Params>
+__global__ void __launch_bounds__(kCudaBlockThreads, kResidentBlocks<Key>)
     adamal_watched_step(const __grid_constant__ Params params) {
-  using T = ComputeType<Param>;
+  using T = typename Key::Compute;
   __shared__ Seen<T> seen_by[kWarps];
   ItemRecord* const record = params.record_of(blockIdx.x);
   if (record == nullptr) return;
-  Seen<T> seen = seen_by_warp(
-      watched_thread<kSecondMoment, Param, Grad>(params, blockIdx.x, threadIdx.x, record));
+  Seen<T> seen = seen_by_warp(watched_thread<Key>(params, blockIdx.x, threadIdx.x, record));
   if (threadIdx.x % kWarpThreads == 0) seen_by[threadIdx.x / kWarpThreads] = seen;
   __syncthreads();
   if (threadIdx.x != 0) return;
@@ -50,14 +48,14 @@ __global__ void __launch_bounds__(kCudaBlockThreads,
 
 template <typename Key, typename Params>
 cudaError_t launch(const Params& params, int64_t block_count, cudaStream_t stream) {
-  adamal_watched_step<Key::kSecondMoment, typename Key::Param, typename Key::Grad>
+  adamal_watched_step<Key>
       <<<static_cast<unsigned>(block_count), kCudaBlockThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
 template <typename Key>
 cudaError_t launch_all(const Bucket& bucket, const DeviceTables& tables, cudaStream_t stream) {
-  using T = ComputeType<typename Key::Param>;
+  using T = typename Key::Compute;
   using Small = SmallRecordedParams<T>;
   LaunchSplitter<T> splitter(bucket, tables.tensors, tables.items);
   LargeRecordedParams<T> params;
@@ -89,7 +87,7 @@ cudaError_t launch_next(const GradientSplitter<T>& splitter, const DeviceTables&
 template <typename Key>
 cudaError_t launch_all_on_device(const Bucket& bucket, const DeviceTables& tables, void* rows,
                                  cudaStream_t stream) {
-  using T = ComputeType<typename Key::Param>;
+  using T = typename Key::Compute;
   using Small = SmallRecordedDeviceParams<T>;
   using Large = LargeRecordedDeviceParams<T>;
   const auto scalars = DeviceRows<T>::at(rows);
@@ -115,7 +113,7 @@ const char* watched_step_cuda(const Bucket& bucket, const DeviceTables& tables, 
     error = bucket.device == nullptr ? launch_all<Key>(bucket, tables, on)
                                      : launch_all_on_device<Key>(bucket, tables, rows, on);
   });
-  if (!known) return "no kernel for this pair of types and second moment";
+  if (!known) return kNoKernel;
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

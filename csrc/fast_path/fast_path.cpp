@@ -79,10 +79,12 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
     : groups_(groups, have_state(members), std::move(options)), sharded_(std::move(sharded)) {
   for (size_t i = 0; i < plans.size(); ++i) {
     PlanStep& step = plans_.emplace_back();
-    const at::ScalarType param = scalar_type(plans[i]->dtypes().param);
-    set_types(step.param_types, param);
-    set_types(step.grad_types, scalar_type(plans[i]->dtypes().grad));
-    set_types(step.moment_types, param == at::kDouble ? at::kDouble : at::kFloat);
+    const Format format = plans[i]->format();
+    set_types(step.param_types, scalar_type(format.param));
+    set_types(step.grad_types, scalar_type(format.grad));
+    for (int which = 0; which < Buffer::count; ++which) {
+      set_types(step.buffer_types[which], scalar_type(buffer_dtype(which, format)));
+    }
     step.deleter = c10::GetAllocator(plans[i]->device().type())->raw_deleter();
     step.plan = std::move(plans[i]);
     step.steps = steps.at(i);
@@ -191,9 +193,9 @@ void SteadyState::list_written() {
       add(entry.param, entry.numel * step.param_types[0].bytes);
       for (int which = 0; which < Buffer::count; ++which) {
         const bool is_of_rows = kBuffers[which].shape == BufferShape::rows;
-        add(entry.buffers[which], is_of_rows
-                                      ? (step.has_sets ? step.sets[slot].rows * sizeof(double) : 0)
-                                      : entry.numel * step.moment_types[0].bytes);
+        const int64_t rows = step.has_sets ? step.sets[slot].rows : 0;
+        add(entry.buffers[which],
+            (is_of_rows ? rows : entry.numel) * step.buffer_types[which][0].bytes);
       }
     }
     add(step.steps.const_data_ptr(), step.steps.nbytes());

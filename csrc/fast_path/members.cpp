@@ -20,7 +20,7 @@ constexpr float kMostSteps = 1e12f;
 
 int SteadyState::Which::find(PyObject* key) {
   // Interned once: a dict's own keys are nearly always the same objects.
-#define ADAMAL_KEY(key, shape, needs) PyUnicode_InternFromString(#key),
+#define ADAMAL_KEY(key, ...) PyUnicode_InternFromString(#key),
   static PyObject* const names[of_state] = {ADAMAL_BUFFERS(ADAMAL_KEY)
                                                 PyUnicode_InternFromString("step")};
 #undef ADAMAL_KEY
@@ -163,11 +163,11 @@ bool SteadyState::read_member(size_t index, TensorEntry* entry, const void** gra
   if (count == nullptr || !is_count(member, *count)) return false;
   *entry = {
       layout.mutable_address(param, param_type.bytes), layout.numel() << member.is_complex, {}};
-  const ElementType moment_type = step.moment_types[member.is_complex];
   const auto read_elements = [&](int which) {
     const c10::TensorImpl* const tensor = state_tensor(index, which);
-    if (tensor == nullptr || !layout.holds_for(*tensor, moment_type)) return false;
-    entry->buffers[which] = layout.mutable_address(*tensor, moment_type.bytes);
+    const ElementType type = step.buffer_types[which][member.is_complex];
+    if (tensor == nullptr || !layout.holds_for(*tensor, type)) return false;
+    entry->buffers[which] = layout.mutable_address(*tensor, type.bytes);
     return true;
   };
   const auto read_buffer = [&](auto which) {

@@ -44,7 +44,7 @@ struct WorkItem {
 
 // Work items are sorted by tensor, and hold every chunk of every tensor in order.
 struct Bucket {
-  int pair;  // index into kDtypePairs
+  int format;  // index into kFormats
   SecondMoment second_moment;
   const TensorEntry* tensors;
   int64_t tensor_count;
@@ -61,33 +61,41 @@ struct Bucket {
   bool threads_are_awake = false;  // torch's on the CPU: they have just worked
 };
 
-// What selects a kernel, as types.
-template <SecondMoment kMoment, typename ParamType, typename GradType>
+// What selects a kernel, as types: those that streams are stored in, and what is computed in.
+template <SecondMoment kMoment, typename ParamType, typename GradType, typename ExpAvgType,
+          typename ExpAvgSqType>
 struct KernelKey {
   static constexpr SecondMoment kSecondMoment = kMoment;
+  static constexpr bool kHasMax = kMoment == SecondMoment::amsgrad;
   using Param = ParamType;
   using Grad = GradType;
+  using ExpAvg = ExpAvgType;
+  using ExpAvgSq = ExpAvgSqType;
+  using Compute = ComputeType<Param>;
+  using Rows = RowTypes<Param, ExpAvgSq>;
 };
 
-// Calls `call(KernelKey<...>{})` for the bucket's pair and second moment; false if there is none.
+// Calls `call(KernelKey<...>{})` for the bucket's format and second moment; false if there is none.
 template <typename Call>
 bool dispatch(const Bucket& bucket, Call&& call) {
-#define ADAMAL_CASE(second_moment, param, grad)                  \
+#define ADAMAL_CASE(second_moment, ...)                          \
   case SecondMoment::second_moment:                              \
-    call(KernelKey<SecondMoment::second_moment, param, grad>{}); \
+    call(KernelKey<SecondMoment::second_moment, __VA_ARGS__>{}); \
     return true;
-#define ADAMAL_PAIR_CASE(index, param, grad) \
-  case index:                                \
-    switch (bucket.second_moment) {          \
-      ADAMAL_CASE(monotone, param, grad)     \
-      ADAMAL_CASE(plain, param, grad)        \
-      ADAMAL_CASE(amsgrad, param, grad)      \
-    }                                        \
+#define ADAMAL_FORMAT_CASE(index, ...)   \
+  case index:                            \
+    switch (bucket.second_moment) {      \
+      ADAMAL_CASE(monotone, __VA_ARGS__) \
+      ADAMAL_CASE(plain, __VA_ARGS__)    \
+      ADAMAL_CASE(amsgrad, __VA_ARGS__)  \
+    }                                    \
     return false;
-  switch (bucket.pair) { ADAMAL_DTYPE_PAIRS(ADAMAL_PAIR_CASE) }
+  switch (bucket.format) { ADAMAL_FORMATS(ADAMAL_FORMAT_CASE) }
   return false;
-#undef ADAMAL_PAIR_CASE
+#undef ADAMAL_FORMAT_CASE
 #undef ADAMAL_CASE
 }
+
+inline constexpr const char* kNoKernel = "no kernel for this format and second moment";
 
 }  // namespace adamal

@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "formula/dtypes.h"
 #include "formula/element.h"
 
 namespace adamal {
@@ -11,15 +12,15 @@ namespace adamal {
 enum class BufferShape { parameter, rows };
 enum class BufferNeeds { nothing, amsgrad, row_set };
 
-// In the order of BUFFERS in adamal_kernels/core/buffers.py.
-#define ADAMAL_BUFFERS(X)               \
-  X(exp_avg, parameter, nothing)        \
-  X(exp_avg_sq, parameter, nothing)     \
-  X(max_exp_avg_sq, parameter, amsgrad) \
-  X(multiplier, rows, row_set)
+// (key, shape, needs, type), in the order of BUFFERS in adamal_kernels/core/buffers.py.
+#define ADAMAL_BUFFERS(X)                                  \
+  X(exp_avg, parameter, nothing, format.exp_avg)           \
+  X(exp_avg_sq, parameter, nothing, format.exp_avg_sq)     \
+  X(max_exp_avg_sq, parameter, amsgrad, format.exp_avg_sq) \
+  X(multiplier, rows, row_set, Dtype::float64)
 
 struct Buffer {
-#define ADAMAL_NAME(key, shape, needs) key,
+#define ADAMAL_NAME(key, ...) key,
   enum Index : int { ADAMAL_BUFFERS(ADAMAL_NAME) count };
 #undef ADAMAL_NAME
 
@@ -33,9 +34,19 @@ struct Buffer {
   }
 };
 
-#define ADAMAL_ROW(key, shape, needs) {#key, BufferShape::shape, BufferNeeds::needs},
+#define ADAMAL_ROW(key, shape, needs, type) {#key, BufferShape::shape, BufferNeeds::needs},
 inline constexpr Buffer kBuffers[Buffer::count] = {ADAMAL_BUFFERS(ADAMAL_ROW)};
 #undef ADAMAL_ROW
+
+// The type that a buffer is stored in.
+constexpr Dtype buffer_dtype(int which, [[maybe_unused]] const Format& format) {
+#define ADAMAL_TYPE(key, shape, needs, type) \
+  case Buffer::key:                          \
+    return type;
+  switch (which) { ADAMAL_BUFFERS(ADAMAL_TYPE) }
+#undef ADAMAL_TYPE
+  return Dtype::float64;
+}
 
 // Calls body(std::integral_constant<int, index>) for each buffer until one call returns false, and
 // returns whether none did. A loop would cost the host some tens of instructions a tensor.

@@ -109,4 +109,37 @@ ADAMAL_HD inline Storage encode(T value) {
   }
 }
 
+// An element as it is stored; Key is a KernelKey. A struct of the stored values would not do: GCC
+// takes loops over one that has a 16-bit member for too irregular to vectorise.
+template <typename Key>
+ADAMAL_HD inline Element<typename Key::Compute> load_element(
+    const typename Key::Param* param, const typename Key::ExpAvg* exp_avg,
+    const typename Key::ExpAvgSq* exp_avg_sq,
+    [[maybe_unused]] const typename Key::ExpAvgSq* max_exp_avg_sq) {
+  using T = typename Key::Compute;
+  Element<T> e{static_cast<T>(decode(*param)), static_cast<T>(decode(*exp_avg)),
+               static_cast<T>(decode(*exp_avg_sq)), T(0)};
+  if constexpr (Key::kHasMax) e.max_exp_avg_sq = static_cast<T>(decode(*max_exp_avg_sq));
+  return e;
+}
+
+template <typename Key>
+ADAMAL_HD inline void store_element(const Element<typename Key::Compute>& e,
+                                    typename Key::Param* param, typename Key::ExpAvg* exp_avg,
+                                    typename Key::ExpAvgSq* exp_avg_sq,
+                                    [[maybe_unused]] typename Key::ExpAvgSq* max_exp_avg_sq) {
+  *param = encode<typename Key::Param>(e.param);
+  *exp_avg = encode<typename Key::ExpAvg>(e.exp_avg);
+  *exp_avg_sq = encode<typename Key::ExpAvgSq>(e.exp_avg_sq);
+  if constexpr (Key::kHasMax) {
+    *max_exp_avg_sq = encode<typename Key::ExpAvgSq>(e.max_exp_avg_sq);
+  }
+}
+
+// A value as it is read again once it has been stored.
+template <typename Storage, typename T>
+ADAMAL_HD inline T as_stored(T value) {
+  return static_cast<T>(decode(encode<Storage>(value)));
+}
+
 }  // namespace adamal

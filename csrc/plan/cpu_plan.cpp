@@ -51,16 +51,17 @@ int64_t bytes_of(Dtype dtype) {
 void CpuPlan::on_bound() {
   cost_before_.resize(items().size() + 1);
   cost_before_[0] = 0;
-  const int64_t moments = second_moment() == SecondMoment::amsgrad ? 3 : 2;
-  const int64_t element_bytes = bytes_of(dtypes().param) + bytes_of(dtypes().grad) +
-                                moments * std::max<int64_t>(4, bytes_of(dtypes().param));
+  const int64_t second_moments = second_moment() == SecondMoment::amsgrad ? 2 : 1;
+  const int64_t element_bytes = bytes_of(format().param) + bytes_of(format().grad) +
+                                bytes_of(format().exp_avg) +
+                                second_moments * bytes_of(format().exp_avg_sq);
   bytes_ = 0;
   for (const TensorEntry& tensor : tensors()) bytes_ += tensor.numel * element_bytes;
   for (size_t i = 0; i < items().size(); ++i) {
     const int64_t left = tensors()[items()[i].tensor].numel - items()[i].chunk * kCpuChunk;
     cost_before_[i + 1] = cost_before_[i] + std::min(kCpuChunk, left) + kItemOverhead;
   }
-  if (!sets().empty()) projected_.bind(tensors(), sets(), dtypes().param);
+  if (!sets().empty()) projected_.bind(tensors(), sets(), format().compute());
 }
 
 void CpuPlan::launch(const Bucket& bucket) {

@@ -16,8 +16,8 @@ namespace adamal {
 // Steps over torch's CPU threads.
 class CpuPlan : public Plan {
  public:
-  CpuPlan(int pair, SecondMoment second_moment)
-      : Plan(pair, second_moment, c10::Device(c10::kCPU), kCpuChunk) {}
+  CpuPlan(int format, SecondMoment second_moment)
+      : Plan(format, second_moment, c10::Device(c10::kCPU), kCpuChunk) {}
 
  private:
   bool can_project() const override { return true; }

@@ -19,8 +19,8 @@ namespace adamal {
 // Steps on the device's current stream. A copy of the tables is kept on the device.
 class CudaPlan : public Plan {
  public:
-  CudaPlan(int pair, SecondMoment second_moment, c10::Device device, const CudaApi& api)
-      : Plan(pair, second_moment, device, cuda_chunk(pair)), api_(api) {}
+  CudaPlan(int format, SecondMoment second_moment, c10::Device device, const CudaApi& api)
+      : Plan(format, second_moment, device, cuda_chunk(format)), api_(api) {}
 
  private:
   bool can_project() const override { return true; }

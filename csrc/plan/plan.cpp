@@ -60,7 +60,7 @@ void Plan::bind(const std::vector<TensorEntry>& tensors, const std::vector<Coupl
 }
 
 Bucket Plan::bucket_of(const std::vector<const void*>& grads, const uint32_t* rows) const {
-  return {pair_,
+  return {format_,
           second_moment_,
           tensors_.data(),
           static_cast<int64_t>(tensors_.size()),

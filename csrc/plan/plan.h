@@ -22,8 +22,8 @@ at::Tensor empty_host(at::IntArrayRef sizes, at::ScalarType type, c10::Device de
 class Plan {
  public:
   // `chunk` is the number of elements a work item covers.
-  Plan(int pair, SecondMoment second_moment, c10::Device device, int64_t chunk)
-      : pair_(pair), second_moment_(second_moment), device_(device), chunk_(chunk) {}
+  Plan(int format, SecondMoment second_moment, c10::Device device, int64_t chunk)
+      : format_(format), second_moment_(second_moment), device_(device), chunk_(chunk) {}
   virtual ~Plan() = default;
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -52,7 +52,7 @@ class Plan {
   virtual void prepare() {}
 
   int64_t chunk() const { return chunk_; }
-  DtypePair dtypes() const { return kDtypePairs[pair_]; }
+  Format format() const { return kFormats[format_]; }
   SecondMoment second_moment() const { return second_moment_; }
   c10::Device device() const { return device_; }
   const std::vector<TensorEntry>& tensors() const { return tensors_; }
@@ -70,7 +70,7 @@ class Plan {
   virtual void launch(const Bucket& bucket) = 0;
   virtual at::Tensor launch_squared_norm(const Bucket& bucket) = 0;
 
-  int pair_;
+  int format_;
   SecondMoment second_moment_;
   c10::Device device_;
   int64_t chunk_;

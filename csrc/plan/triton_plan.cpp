@@ -189,7 +189,7 @@ void TritonPlan::hand_over(const Bucket& bucket) {
 }
 
 at::Tensor TritonPlan::pack(const Bucket& bucket) const {
-  const bool is_double = dtypes().param == Dtype::float64;
+  const bool is_double = format().compute() == Dtype::float64;
   const int64_t input_bytes = bucket.tensor_count * sizeof(TensorInput);
   const int64_t row_bytes = is_double ? sizeof(StepScalars<double>) : sizeof(StepScalars<float>);
   const int64_t scalar_bytes =

@@ -16,9 +16,9 @@ namespace adamal {
 // The twin of adamal_kernels.backends.triton.plan.PythonPlan.
 class TritonPlan : public Plan {
  public:
-  TritonPlan(int pair, SecondMoment second_moment, c10::Device device, int64_t block,
+  TritonPlan(int format, SecondMoment second_moment, c10::Device device, int64_t block,
              pybind11::object launcher)
-      : Plan(pair, second_moment, device, block), launcher_(std::move(launcher)) {}
+      : Plan(format, second_moment, device, block), launcher_(std::move(launcher)) {}
 
  private:
   bool can_project() const override { return true; }

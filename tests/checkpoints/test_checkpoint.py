@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from adamal_kernels import Adam, AdamAL, AdamALW, AdamW, Box, L2Ball, NonNegative
 from adamal_kernels.checkpoints.merge import merge_groups
 from adamal_kernels.core.buffers import SecondMoment
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import FORMATS, Format
 from adamal_kernels.verify import different_values, same_bits
 
 FOREACH = {"backend": "foreach"}
@@ -45,9 +45,9 @@ def test_keys_are_torchs(amsgrad: bool) -> None:
     assert theirs["param_groups"][0].keys() - ours["param_groups"][0].keys() == set()
 
 
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=name_of)
+@pytest.mark.parametrize("dtypes", FORMATS, ids=name_of)
 @pytest.mark.parametrize("second_moment", SecondMoment, ids=lambda kind: kind.name.lower())
-def test_every_bit_returns(place: Place, second_moment: SecondMoment, dtypes: DtypePair) -> None:
+def test_every_bit_returns(place: Place, second_moment: SecondMoment, dtypes: Format) -> None:
     """And the steps that follow are those of a run that was not interrupted."""
     place.skip_unless_supported(dtypes, second_moment)
     cls = AdamAL if second_moment is SecondMoment.MONOTONE else Adam
@@ -83,8 +83,8 @@ def test_every_bit_returns(place: Place, second_moment: SecondMoment, dtypes: Dt
     assert different_values(values_of(resumed), values_of(optimizer)) == []
 
 
-@pytest.mark.parametrize("dtypes", [DTYPE_PAIRS[0], DtypePair(torch.bfloat16, torch.bfloat16)])
-def test_travels_between_backends_and_devices(place: Place, dtypes: DtypePair) -> None:
+@pytest.mark.parametrize("dtypes", [FORMATS[0], Format(torch.bfloat16, torch.bfloat16)])
+def test_travels_between_backends_and_devices(place: Place, dtypes: Format) -> None:
     """A run that is moved twice ends at the bits of one that stayed."""
     place.skip_unless_supported(dtypes)
     stayed = new_params(dtypes, place.device)
@@ -312,7 +312,7 @@ def test_old_forms_of_step(place: Place, step: Any) -> None:
 
 
 def test_sixteen_bit_moments_of_torch_become_float32() -> None:
-    dtypes = DtypePair(torch.bfloat16, torch.bfloat16)
+    dtypes = Format(torch.bfloat16, torch.bfloat16)
     params = new_params(dtypes)
     torchs = torch.optim.Adam(params)
     train(torchs, range(2))
@@ -592,7 +592,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], None], type[Exception], list
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused_and_untouched(what: str) -> None:
     spoil, error, words = REFUSED[what]
-    params = new_params(DtypePair(torch.bfloat16, torch.bfloat16))[:4]
+    params = new_params(Format(torch.bfloat16, torch.bfloat16))[:4]
     optimizer = AdamAL([{"params": params[:3]}, {"params": params[3:]}], lr=0.1, **FOREACH)
     train(optimizer, range(2))
     saved = copy.deepcopy(optimizer.state_dict())

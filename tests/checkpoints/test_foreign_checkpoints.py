@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adamal_kernels import Adam, AdamAL, AdamALW, AdamW
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import FORMATS, Format
 from adamal_kernels.verify import different_values
 
 FOREACH = {"backend": "foreach"}
@@ -45,7 +45,7 @@ def train_all(optimizer: Optimizer, steps: range) -> list[list[Tensor]]:
 class Run:
     """A run of torch.optim.Adam or AdamW, and what it leaves in another package's layout."""
 
-    def __init__(self, *, decoupled: bool, dtypes: DtypePair = DTYPE_PAIRS[0]) -> None:
+    def __init__(self, *, decoupled: bool, dtypes: Format = FORMATS[0]) -> None:
         self.params = new_params(dtypes)
         cls = torch.optim.AdamW if decoupled else torch.optim.Adam
         groups = [{"params": self.params[:3]}, {"params": self.params[3:], "lr": 0.01}]
@@ -267,7 +267,7 @@ def test_bias_correction_that_was_off_stays_off() -> None:
 
 
 def test_float32_moments_of_sixteen_bit_parameters_are_kept() -> None:
-    run = Run(decoupled=True, dtypes=DtypePair(torch.bfloat16, torch.bfloat16))
+    run = Run(decoupled=True, dtypes=Format(torch.bfloat16, torch.bfloat16))
     saved = apex(run)
     for values in saved["state"].values():
         for name in ("exp_avg", "exp_avg_sq"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import FORMATS, Format
 
 
 def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -19,9 +19,7 @@ def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
     return torch.load(buffer, weights_only=True)
 
 
-def new_params(
-    dtypes: DtypePair = DTYPE_PAIRS[0], device: torch.device | str = "cpu"
-) -> list[Tensor]:
+def new_params(dtypes: Format = FORMATS[0], device: torch.device | str = "cpu") -> list[Tensor]:
     """Return parameters of several shapes and strides, the same values on every call."""
     generator = torch.Generator().manual_seed(0)
     made = [torch.randn(shape, generator=generator) for shape in ((), (5,), (3, 4), (0,))]

@@ -13,7 +13,7 @@ import torch
 from adamal_kernels import L1Ball, L2Ball
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.rows import coupled_rows
-from adamal_kernels.core.storage import DTYPE_PAIRS, compute_dtype
+from adamal_kernels.core.storage import FORMATS, compute_dtype
 from adamal_kernels.projections import CoupledSet
 from helpers.native_harness import (
     STREAMS,
@@ -84,7 +84,7 @@ def check_against_serial(harness: Harness, problems: Sequence[Problem]) -> list[
     expected = harness.project(Command.PROJECT_SERIALLY, cases, sets)
     found = harness.project(Command.PROJECT_CPU, cases, sets)
     for case, of_case, result, wanted in zip(cases, sets, found, expected, strict=True):
-        dtypes = DTYPE_PAIRS[case.pair]
+        dtypes = FORMATS[case.format]
         for i, each in enumerate(of_case):
             where = f"{dtypes}, tensor {i}: {each.rows}"
             assert result.multipliers[i].tobytes() == wanted.multipliers[i].tobytes(), where
@@ -99,15 +99,15 @@ def check_against_serial(harness: Harness, problems: Sequence[Problem]) -> list[
 
 
 def check_rows_about_the_size_of_their_balls(
-    harness: Harness, cls: type[CoupledSet], pair: int
+    harness: Harness, cls: type[CoupledSet], format: int
 ) -> None:
     """Rows that were inside, of which a bound tells some to be so still."""
     rng = np.random.default_rng(7)
-    dtype = DTYPE_PAIRS[pair].param
+    dtype = FORMATS[format].param
     tiny, huge = torch.finfo(dtype).tiny * 1e-4, torch.finfo(dtype).max ** 0.8
     # The third is within the tolerance of float32.
     beyond = [1e-5, -1e-5, 5e-8, 1e-3, -1e-3, -1e-2]
-    case = StepCase(pair, SecondMoment.MONOTONE, [make_scalars(lr=1e-30)], [])
+    case = StepCase(format, SecondMoment.MONOTONE, [make_scalars(lr=1e-30)], [])
     sets, expected = [], []
     layouts = ("rows", "rows of chunks of sums", "long rows")
     for layout, size in itertools.product(layouts, (1.0, tiny, huge)):
@@ -123,7 +123,7 @@ def check_rows_about_the_size_of_their_balls(
         sets.append(replace(each, multipliers=np.zeros(len(index))))
         # Tiny elements are rounded by more than what they are beyond; squares beyond float64 are
         # no sizes.
-        is_exact = size != tiny and (size != huge or pair == FLOAT32)
+        is_exact = size != tiny and (size != huge or format == FLOAT32)
         expected.append(excess > each.rows.tolerance if is_exact else None)
     check_against_serial(harness, [(case, sets)])
     (found,) = harness.project(Command.PROJECT_CPU, [case], [sets])

@@ -12,7 +12,7 @@ import torch
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.norm import squared_norm
 from adamal_kernels.core.scalars import StepOptions, derive_step_scalars, gradient_factor
-from adamal_kernels.core.storage import DTYPE_PAIRS, compute_dtype
+from adamal_kernels.core.storage import FORMATS, compute_dtype
 from helpers.native_harness import Command, DeviceCase, Harness, StepCase, TensorCase
 from helpers.native_walk import check, encoded, make_tensor
 
@@ -34,10 +34,10 @@ OTHERS = (
 )
 
 
-def bucket(pair: int, second_moment: SecondMoment, sizes: list[int]) -> StepCase:
+def bucket(format: int, second_moment: SecondMoment, sizes: list[int]) -> StepCase:
     """A bucket with rows of options in turn, and every fifth gradient missing."""
-    rng = np.random.default_rng(pair)
-    case = StepCase(pair, second_moment, [], [], seed=pair)
+    rng = np.random.default_rng(format)
+    case = StepCase(format, second_moment, [], [], seed=format)
     for i, size in enumerate(sizes):
         tensor = make_tensor(rng, case, size, row=i % len(OTHERS))
         case.tensors.append(replace(tensor, grad=None) if i % 5 == 3 else tensor)
@@ -74,8 +74,8 @@ INPUTS = {
 
 def check_steps_are_those_of_python(harness: Harness, name: str, by_address: bool) -> None:
     cases = [
-        bucket(pair, second_moment, [0, 1, 9, 2049, 40, 17])
-        for pair in (0, 1, 2, 4, 7)
+        bucket(format, second_moment, [0, 1, 9, 2049, 40, 17])
+        for format in (0, 1, 2, 4, 7)
         for second_moment in SecondMoment
     ]
     devices = [
@@ -115,9 +115,9 @@ def check_buckets_of_several_launches(harness: Harness, small: bool) -> None:
 
 def norm_cases() -> Iterator[tuple[StepCase, list[torch.Tensor]]]:
     """Buckets of gradients only, and the gradients as tensors."""
-    for pair, dtypes in enumerate(DTYPE_PAIRS):
-        rng = np.random.default_rng(pair)
-        case = StepCase(pair, SecondMoment.PLAIN, [], [], seed=pair)
+    for format, dtypes in enumerate(FORMATS):
+        rng = np.random.default_rng(format)
+        case = StepCase(format, SecondMoment.PLAIN, [], [], seed=format)
         grads = []
         for i, size in enumerate((0, 1, 7, 256, 1023, 1025, 2047, 2048, 2049, 16385, 5)):
             values = rng.standard_normal(size).astype(np.float32) * 3.0 ** (i % 5)
@@ -138,7 +138,7 @@ def check_norms_are_those_of_python(harness: Harness, command: Command) -> None:
     for case, tensors, sums in zip(
         cases, grads, harness.squared_norms(command, cases), strict=True
     ):
-        real = compute_dtype(DTYPE_PAIRS[case.pair].param)
+        real = compute_dtype(FORMATS[case.format].param)
         expected = np.array([squared_norm([grad], real).item() for grad in tensors])
         assert sums.tobytes() == expected.tobytes()
 

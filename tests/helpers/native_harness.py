@@ -50,7 +50,7 @@ class TensorCase:
 class StepCase:
     """One step of one bucket."""
 
-    pair: int
+    format: int
     second_moment: int
     scalars: Sequence[StepScalars]
     tensors: list[TensorCase]
@@ -128,10 +128,10 @@ class Info:
     """The constants the kernels were compiled with."""
 
     cpu_chunk: int
-    pairs: list[tuple[int, int]]
-    """Codes of the parameter's and of the gradient's type."""
+    formats: list[tuple[int, ...]]
+    """Codes of the types that each has."""
     cuda_chunks: list[int]
-    """Of each pair."""
+    """Of each format."""
     small: tuple[Capacity, Capacity]
     """Computing in float32, float64."""
     large: tuple[Capacity, Capacity]
@@ -160,12 +160,12 @@ class Harness:
     def info(self) -> Info:
         """Return the constants the kernels were compiled with."""
         values = np.frombuffer(self._run(_integers(Command.INFO)), np.int64).tolist()
-        cpu_chunk, *pairs = values[:-12]
+        cpu_chunk, *formats = values[:-12]
         capacities = [Capacity(*values[i : i + 3]) for i in range(len(values) - 12, len(values), 3)]
         return Info(
             cpu_chunk=cpu_chunk,
-            pairs=list(zip(pairs[0::3], pairs[1::3], strict=True)),
-            cuda_chunks=pairs[2::3],
+            formats=list(zip(*(formats[i::5] for i in range(4)), strict=True)),
+            cuda_chunks=formats[4::5],
             small=(capacities[0], capacities[1]),
             large=(capacities[2], capacities[3]),
         )
@@ -367,7 +367,7 @@ def _integers(*values: int) -> bytes:
 
 def _step_input(command: Command, case: StepCase) -> Iterable[bytes]:
     yield _integers(
-        command, case.seed, case.pair, case.second_moment, len(case.scalars), len(case.tensors)
+        command, case.seed, case.format, case.second_moment, len(case.scalars), len(case.tensors)
     )
     yield np.array(case.scalars, np.float64).tobytes()
     for tensor in case.tensors:

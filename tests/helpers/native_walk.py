@@ -14,7 +14,7 @@ import torch
 
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.scalars import StepOptions, StepScalars, derive_step_scalars
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair, compute_dtype
+from adamal_kernels.core.storage import FORMATS, Format, compute_dtype
 from helpers.native_harness import (
     STREAMS,
     Harness,
@@ -26,7 +26,7 @@ from helpers.native_harness import (
 
 Array = npt.NDArray[Any]
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
-PAIRS = range(len(DTYPE_PAIRS))
+CODES = range(len(FORMATS))
 BACKENDS = ("step_cpu", "step_cuda")
 
 
@@ -47,7 +47,7 @@ def encoded(values: Array, dtype: torch.dtype) -> Array:
 def expected_tensor(case: StepCase, tensor: TensorCase) -> TensorCase:
     if tensor.grad is None:
         return tensor
-    dtypes = DTYPE_PAIRS[case.pair]
+    dtypes = FORMATS[case.format]
     real = NUMPY[compute_dtype(dtypes.param)]
     s = StepScalars(*(real(value) for value in case.scalars[tensor.row]))
     param = decoded(tensor.param, dtypes.param)
@@ -83,7 +83,7 @@ def differing(found: Array, expected: Array, dtype: torch.dtype) -> Array:
 
 def check(cases: Sequence[StepCase], results: Sequence[StepResult]) -> None:
     for case, result in zip(cases, results, strict=True):
-        dtypes = DTYPE_PAIRS[case.pair]
+        dtypes = FORMATS[case.format]
         real = compute_dtype(dtypes.param)
         for i, (tensor, found) in enumerate(zip(case.tensors, result.tensors, strict=True)):
             expected = expected_tensor(case, tensor)
@@ -110,7 +110,7 @@ def extremes(dtype: torch.dtype) -> list[float]:
 def make_tensor(
     rng: np.random.Generator, case: StepCase, numel: int, *, extreme: bool = True, **options: Any
 ) -> TensorCase:
-    dtypes = DTYPE_PAIRS[case.pair]
+    dtypes = FORMATS[case.format]
     real = compute_dtype(dtypes.param)
 
     def values(dtype: torch.dtype, specials: list[float], transform: Callable = np.positive):
@@ -178,25 +178,25 @@ ROWS = [
 def formula_cases() -> Iterator[StepCase]:
     """Every formula, with two step counts and two eps (0 among them) a bucket."""
     rng = np.random.default_rng(1)
-    kernels = itertools.product(PAIRS, SecondMoment, DECAYS, BOXES, (False, True))
-    for seed, (pair, second_moment, decay, box, maximize) in enumerate(kernels):
+    kernels = itertools.product(CODES, SecondMoment, DECAYS, BOXES, (False, True))
+    for seed, (format, second_moment, decay, box, maximize) in enumerate(kernels):
         options: dict[str, Any] = {**decay, "box": box, "maximize": maximize}
         scalars = [
             make_scalars(**options),
             make_scalars(eps=0.0, bias_correction=False, **options),
             make_scalars(step=2000, eps=0.0, **options),
         ]
-        case = StepCase(pair, second_moment, scalars, [], seed)
+        case = StepCase(format, second_moment, scalars, [], seed)
         case.tensors = [make_tensor(rng, case, 300, row=row) for row in (2, 0, 1, 0)]
         yield case
 
 
-def vector_width(dtypes: DtypePair) -> int:
+def vector_width(dtypes: Format) -> int:
     return 16 // min(dtype.itemsize for dtype in dtypes)
 
 
-def sizes(info: Info, pair: int) -> list[int]:
-    width, chunk = vector_width(DTYPE_PAIRS[pair]), info.cuda_chunks[pair]
+def sizes(info: Info, format: int) -> list[int]:
+    width, chunk = vector_width(FORMATS[format]), info.cuda_chunks[format]
     return [
         *(0, 1, width - 1, width, width + 1),
         *(chunk - width - 1, chunk - 1, chunk, chunk + 1, 2 * chunk, 2 * chunk + 3),
@@ -206,11 +206,11 @@ def sizes(info: Info, pair: int) -> list[int]:
 def shape_cases(info: Info, sizes_of: Callable[[Info, int], list[int]]) -> Iterator[StepCase]:
     """Every kernel on every size, the tensors of a bucket on different rows."""
     rng = np.random.default_rng(2)
-    for seed, (pair, second_moment) in enumerate(itertools.product(PAIRS, SecondMoment)):
-        case = StepCase(pair, second_moment, ROWS, [], seed)
+    for seed, (format, second_moment) in enumerate(itertools.product(CODES, SecondMoment)):
+        case = StepCase(format, second_moment, ROWS, [], seed)
         case.tensors = [
             make_tensor(rng, case, size, row=i % len(ROWS))
-            for i, size in enumerate(sizes_of(info, pair))
+            for i, size in enumerate(sizes_of(info, format))
         ]
         yield case
 
@@ -218,9 +218,9 @@ def shape_cases(info: Info, sizes_of: Callable[[Info, int], list[int]]) -> Itera
 def misaligned_cases(info: Info) -> Iterator[StepCase]:
     """Every stream misaligned on its own, then all of them, between aligned neighbours."""
     rng = np.random.default_rng(3)
-    for seed, (pair, second_moment) in enumerate(itertools.product(PAIRS, SecondMoment)):
-        chunk = info.cuda_chunks[pair]
-        case = StepCase(pair, second_moment, ROWS, [], seed)
+    for seed, (format, second_moment) in enumerate(itertools.product(CODES, SecondMoment)):
+        chunk = info.cuda_chunks[format]
+        case = StepCase(format, second_moment, ROWS, [], seed)
         case.tensors = [make_tensor(rng, case, chunk)]
         for i, name in enumerate(STREAMS[: 5 if second_moment == SecondMoment.AMSGRAD else 4]):
             case.tensors += [
@@ -239,8 +239,8 @@ def gradient_cases() -> Iterator[StepCase]:
     """Tensors without gradient at the start, in the middle and at the end; then nothing else."""
     rng = np.random.default_rng(4)
     for pattern in ("0110100", "0", "000", "1"):
-        for pair, second_moment in ((0, SecondMoment.MONOTONE), (2, SecondMoment.AMSGRAD)):
-            case = StepCase(pair, second_moment, ROWS, [])
+        for format, second_moment in ((0, SecondMoment.MONOTONE), (2, SecondMoment.AMSGRAD)):
+            case = StepCase(format, second_moment, ROWS, [])
             for i, has_grad in enumerate(pattern):
                 # The row of a tensor without gradient is not read: this one does not exist.
                 row = i % len(ROWS) if has_grad == "1" else 1 << 20
@@ -302,11 +302,11 @@ def check_cuda_walk_does_not_store_what_did_not_change(
     harness: Harness, info: Info, second_moment: SecondMoment
 ) -> None:
     cases = []
-    for pair in PAIRS:
-        case = StepCase(pair, second_moment, ROWS[:1], [])
-        case.tensors = [at_rest(case, size) for size in sizes(info, pair)]
+    for format in CODES:
+        case = StepCase(format, second_moment, ROWS[:1], [])
+        case.tensors = [at_rest(case, size) for size in sizes(info, format)]
         misaligned = {"param": 1}
-        case.tensors.append(at_rest(case, info.cuda_chunks[pair] + 9, misaligned=misaligned))
+        case.tensors.append(at_rest(case, info.cuda_chunks[format] + 9, misaligned=misaligned))
         cases.append(case)
     check(cases, harness.step_cuda(cases))
 
@@ -322,9 +322,9 @@ def distinct_rows(count: int) -> list[StepScalars]:
 
 
 def check_launches_split_where_their_parameters_are_full(
-    harness: Harness, info: Info, pair: int
+    harness: Harness, info: Info, format: int
 ) -> None:
-    precision = int(DTYPE_PAIRS[pair].param == torch.float64)
+    precision = int(FORMATS[format].param == torch.float64)
     small, large = info.small[precision], info.large[precision]
     assert small.bytes <= 4096
     assert large.bytes <= 32764
@@ -346,7 +346,7 @@ def check_launches_split_where_their_parameters_are_full(
     }
     cases = []
     for tensors, rows in expected:
-        case = StepCase(pair, SecondMoment.MONOTONE, distinct_rows(rows), [], seed=tensors)
+        case = StepCase(format, SecondMoment.MONOTONE, distinct_rows(rows), [], seed=tensors)
         case.tensors = tiny_tensors(case, tensors, rows)
         cases.append(case)
     results = harness.step_cuda(cases)

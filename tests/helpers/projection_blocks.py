@@ -16,13 +16,13 @@ from adamal_kernels.backends.eager.sets import project, project_rows
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.rows import coupled_rows
 from adamal_kernels.core.scalars import StepScalars
-from adamal_kernels.core.storage import DTYPE_PAIRS, compute_dtype
+from adamal_kernels.core.storage import FORMATS, compute_dtype
 from helpers.device_kernels import expected_case
 from helpers.native_harness import DeviceCase, Harness, SetCase, StepCase, TensorCase
 from helpers.native_walk import differing, expected_tensor, make_scalars, make_tensor
 
 SETS = (L2Ball, L1Ball, Simplex)
-PAIRS = range(len(DTYPE_PAIRS))
+CODES = range(len(FORMATS))
 
 Layout = tuple[tuple[int, ...], Any]
 """A contiguous shape, and the dimensions of a row."""
@@ -86,7 +86,7 @@ def set_case(kind: int, layout: Layout, dtype: torch.dtype, fraction: float) -> 
 
 
 def bucket(
-    pair: int,
+    format: int,
     moment: SecondMoment,
     layouts: Sequence[Layout],
     kind: int,
@@ -97,9 +97,9 @@ def bucket(
 
     ``start`` is the multiplier that searches start from; None: one of several.
     """
-    rng = np.random.default_rng(pair)
-    dtype = DTYPE_PAIRS[pair].param
-    case = StepCase(pair, moment, SCALARS, [], seed=pair)
+    rng = np.random.default_rng(format)
+    dtype = FORMATS[format].param
+    case = StepCase(format, moment, SCALARS, [], seed=format)
     sets = []
     for i, layout in enumerate(layouts):
         numel = math.prod(layout[0])
@@ -124,7 +124,7 @@ def projected(case: StepCase, tensor: TensorCase, each: SetCase) -> tuple[Tensor
     """What the step, by the formula in numpy, and then the twin make of a tensor."""
     if tensor.grad is None:
         return tensor, each.multipliers
-    dtypes = DTYPE_PAIRS[case.pair]
+    dtypes = FORMATS[case.format]
     stepped = expected_tensor(case, tensor)
     if each.rows.rows * each.rows.length == 0:
         return stepped, each.multipliers
@@ -149,7 +149,7 @@ def check_projected(
     changed = 0
     for (case, sets), device, result in zip(cases, devices, results, strict=True):
         same = case if device is None else expected_case(case, device)
-        dtypes = DTYPE_PAIRS[case.pair]
+        dtypes = FORMATS[case.format]
         for i, (tensor, each) in enumerate(zip(same.tensors, sets, strict=True)):
             expected, multipliers = projected(same, tensor, each)
             for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
@@ -169,16 +169,16 @@ def check_projected(
 
 
 def check_short_rows(harness: Harness, kind: int) -> None:
-    """Every pair of types, rows in every layout."""
+    """Every format, rows in every layout."""
     moments = list(SecondMoment)
-    cases = [bucket(pair, moments[pair % 3], SHORT, kind) for pair in PAIRS]
+    cases = [bucket(format, moments[format % 3], SHORT, kind) for format in CODES]
     assert check_projected(harness, cases) >= 10 * len(cases)
 
 
-def check_long_rows(harness: Harness, kind: int, pair: int) -> None:
+def check_long_rows(harness: Harness, kind: int, format: int) -> None:
     """Rows of one block and of several, whole tensors and parts of them, in one bucket."""
     moment = SecondMoment.AMSGRAD if kind == 0 else SecondMoment.MONOTONE
-    assert check_projected(harness, [bucket(pair, moment, LONG, kind)]) >= 6
+    assert check_projected(harness, [bucket(format, moment, LONG, kind)]) >= 6
 
 
 def evaluations(case: StepCase, each: SetCase) -> int:

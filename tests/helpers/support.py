@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from adamal_kernels.backends import BACKENDS
 from adamal_kernels.core.bucket import BucketKey
 from adamal_kernels.core.buffers import SecondMoment
-from adamal_kernels.core.storage import DtypePair
+from adamal_kernels.core.storage import Format
 from adamal_kernels.step.sharded import local_part
 from adamal_kernels.verify import devices, same_bits
 
@@ -25,7 +25,7 @@ class Place(NamedTuple):
     backend: str
 
     def skip_unless_supported(
-        self, dtypes: DtypePair, second_moment: SecondMoment = SecondMoment.MONOTONE
+        self, dtypes: Format, second_moment: SecondMoment = SecondMoment.MONOTONE
     ) -> None:
         """Skip the test where the backend leaves out this kind of bucket, and say why."""
         key = BucketKey(self.device, dtypes, second_moment)
@@ -50,9 +50,9 @@ def is_on_gpu(test: pytest.Function) -> bool:
     return any(isinstance(value, torch.device) and value.type == "cuda" for value in found)
 
 
-def name_of(dtypes: DtypePair) -> str:
+def name_of(dtypes: Format) -> str:
     """Return a short name of a pair of types, for test ids."""
-    return "-".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return "-".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes[:2]))
 
 
 def unscaling(cls: type[Optimizer]) -> type[Optimizer]:

@@ -11,7 +11,7 @@ import torch
 
 from adamal_kernels.core.bucket import BucketKey
 from adamal_kernels.core.buffers import SecondMoment
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair, compute_dtype
+from adamal_kernels.core.storage import FORMATS, Format, compute_dtype
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -25,24 +25,24 @@ not_interpreted = pytest.mark.skipif(
 
 SM80, SM90, SM100 = (GPUTarget("cuda", arch, 32) for arch in (80, 90, 100))
 GFX942 = GPUTarget("hip", "gfx942", 64)
-FLOAT32, FLOAT64, BFLOAT16 = DTYPE_PAIRS[:3]
+FLOAT32, FLOAT64, BFLOAT16 = FORMATS[:3]
 
 _POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64"}
 # Branches of the kernel, of which each does all of the arithmetic: whole blocks and the last.
 BRANCHES = 2
 
 
-def types_id(dtypes: DtypePair) -> str:
-    return "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+def types_id(dtypes: Format) -> str:
+    return "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes[:2])
 
 
-every_pair = pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=types_id)
+every_pair = pytest.mark.parametrize("dtypes", FORMATS, ids=types_id)
 every_moment = pytest.mark.parametrize("second_moment", SecondMoment, ids=lambda m: m.name.lower())
 some_pairs = pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64, BFLOAT16], ids=types_id)
 
 
 def compile_step(
-    dtypes: DtypePair,
+    dtypes: Format,
     second_moment: SecondMoment,
     target: GPUTarget,
     *,
@@ -76,9 +76,7 @@ def elements_per_thread(target: GPUTarget) -> int:
     return element.BLOCK // (options["num_warps"] * target.warp_size)
 
 
-def stream_bytes(
-    dtypes: DtypePair, second_moment: SecondMoment, target: GPUTarget
-) -> dict[str, int]:
+def stream_bytes(dtypes: Format, second_moment: SecondMoment, target: GPUTarget) -> dict[str, int]:
     """Return the bytes of each stream that a thread reads of a whole block."""
     moment = compute_dtype(dtypes.param)
     streams = {"param": dtypes.param, "grad": dtypes.grad, "exp_avg": moment, "exp_avg_sq": moment}
@@ -94,7 +92,7 @@ def accesses_of(size: int) -> Counter[int]:
 
 
 def check_accesses(
-    ptx: str, dtypes: DtypePair, second_moment: SecondMoment, target: GPUTarget
+    ptx: str, dtypes: Format, second_moment: SecondMoment, target: GPUTarget
 ) -> None:
     """Check that whole blocks go in wide accesses, and the monotone buffer where it grew.
 
@@ -121,7 +119,7 @@ def check_accesses(
     assert found == expected
 
 
-def check_arithmetic(ptx: str, dtypes: DtypePair, target: GPUTarget) -> None:
+def check_arithmetic(ptx: str, dtypes: Format, target: GPUTarget) -> None:
     """Check that all arithmetic rounds to nearest, and that nothing is fused or flushed."""
     # Blackwell packs two float32 operations into one (f32x2).
     operations = Counter(

@@ -21,7 +21,7 @@ from adamal_kernels.core.bucket import BucketKey, DeviceScalars
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.norm import chunk_elements
 from adamal_kernels.core.scalars import StepInputs, StepOptions
-from adamal_kernels.core.storage import DtypePair, compute_dtype
+from adamal_kernels.core.storage import Format, compute_dtype
 from adamal_kernels.verify import different_values, same_bits
 from helpers.triton_interpreter import (
     BACKENDS,
@@ -85,7 +85,7 @@ def _device_scalars(rows: int, step: int, given: dict[str, float]) -> DeviceScal
     )
 
 
-def check_derived(plan: str, dtypes: DtypePair, given: str, tensors: int = 30) -> None:
+def check_derived(plan: str, dtypes: Format, given: str, tensors: int = 30) -> None:
     """Check that a step by device scalars is the reference's: values, counts, the skip counted."""
     key = BucketKey(CPU, dtypes, SecondMoment.MONOTONE, device_scalars=True)
     # Of many tensors most are empty, which costs no program and counts as well.
@@ -109,7 +109,7 @@ def check_derived(plan: str, dtypes: DtypePair, given: str, tensors: int = 30) -
         assert found.inputs.skipped_steps == expected.inputs.skipped_steps
 
 
-def check_norm(dtypes: DtypePair, numels: tuple[int, ...], special: bool = False) -> None:
+def check_norm(dtypes: Format, numels: tuple[int, ...], special: bool = False) -> None:
     """Check that the sum of squares is the reference's, of aligned and misaligned gradients."""
     key = BucketKey(CPU, dtypes, SecondMoment.MONOTONE)
     shapes = tuple(Shape(numel, "grad" if i % 2 else None) for i, numel in enumerate(numels))
@@ -127,7 +127,7 @@ def check_norm(dtypes: DtypePair, numels: tuple[int, ...], special: bool = False
     assert same_bits(found, expected)
 
 
-def norm_sizes(dtypes: DtypePair) -> tuple[int, ...]:
+def norm_sizes(dtypes: Format) -> tuple[int, ...]:
     """Return sizes about the ends of blocks and chunks, of more tensors than are added at once."""
     chunk = chunk_elements(compute_dtype(dtypes.param))
     return (3, BLOCK, BLOCK + 1, chunk - 1, 2 * chunk + BLOCK + 7, 0, *range(30))

@@ -26,7 +26,7 @@ from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.rows import coupled_rows
 from adamal_kernels.core.scalars import StepOptions, derive_step_scalars
 from adamal_kernels.core.stats import WORDS
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair, compute_dtype
+from adamal_kernels.core.storage import FORMATS, Format, compute_dtype
 
 BLOCK = 1024
 GRID = (5, 1, 1)
@@ -99,7 +99,7 @@ def launched(launch: Any, *args: Any, **kwargs: Any) -> Launch:
     return Launch(tuple(last.grid), last.threads, last.stream, last.function, tuple(last.pointers))
 
 
-def tables(dtypes: DtypePair, offset: int = 0) -> tuple[Tensor, ...]:
+def tables(dtypes: Format, offset: int = 0) -> tuple[Tensor, ...]:
     """Return tables, each ``offset`` bytes after a multiple of 16 bytes."""
     types = (torch.int64, torch.int32, torch.int64, compute_dtype(dtypes.param))
     made = tuple(torch.zeros(96, dtype=torch.uint8)[offset:][:80].view(t) for t in types)
@@ -107,7 +107,7 @@ def tables(dtypes: DtypePair, offset: int = 0) -> tuple[Tensor, ...]:
     return made
 
 
-def arguments(dtypes: DtypePair, *, aligned: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+def arguments(dtypes: Format, *, aligned: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the constants and options of a step."""
     from triton.runtime import driver
 
@@ -119,7 +119,7 @@ def arguments(dtypes: DtypePair, *, aligned: bool = True) -> tuple[dict[str, Any
     return constants, element.launch_options(target)
 
 
-def check_same_launch(dtypes: DtypePair, aligned: bool, offset: int) -> None:
+def check_same_launch(dtypes: Format, aligned: bool, offset: int) -> None:
     """Check that a prepared launch is the one that ``kernel[grid]`` makes, on its own stream."""
     from adamal_kernels.backends.triton.element import step_kernel
     from adamal_kernels.backends.triton.launcher import prepare_launch
@@ -184,7 +184,7 @@ def check_every_kernel_launches_twice() -> None:
 
     def bucket_of(lengths: Sequence[int], **kind: bool) -> Bucket:
         device = torch.device("cpu")
-        key = BucketKey(device, DTYPE_PAIRS[0], SecondMoment.MONOTONE, **kind)
+        key = BucketKey(device, FORMATS[0], SecondMoment.MONOTONE, **kind)
         bucket = Bucket(key, rows=[0] * len(lengths))
         for stream in (bucket.params, bucket.grads, *bucket.elementwise_buffers):
             stream += [torch.ones(2 * length) for length in lengths]
@@ -222,10 +222,10 @@ def check_tables_are_specialized_for() -> None:
     from adamal_kernels.backends.triton.element import step_kernel
     from adamal_kernels.backends.triton.launcher import prepare_launch
 
-    constants, options = arguments(DTYPE_PAIRS[0])
+    constants, options = arguments(FORMATS[0])
     functions = {
         launched(
-            prepare_launch(step_kernel, GRID, tables(DTYPE_PAIRS[0], offset), constants, options),
+            prepare_launch(step_kernel, GRID, tables(FORMATS[0], offset), constants, options),
             CURRENT_STREAM,
         ).function
         for offset in (0, 8, 0)
@@ -240,14 +240,14 @@ def launches_by_run(version: str | None, warmup: Any = None) -> bool:
     from adamal_kernels.backends.triton.element import step_kernel
     from adamal_kernels.backends.triton.launcher import prepare_launch
 
-    constants, options = arguments(DTYPE_PAIRS[0])
+    constants, options = arguments(FORMATS[0])
     installed, runs = triton.__version__, []
     if version is not None:
         triton.__version__ = version
     if warmup is not None:
         step_kernel.warmup = warmup
     try:
-        launch = prepare_launch(step_kernel, GRID, tables(DTYPE_PAIRS[0]), constants, options)
+        launch = prepare_launch(step_kernel, GRID, tables(FORMATS[0]), constants, options)
         run = type(step_kernel).run
         step_kernel.run = lambda *args, **kwargs: runs.append(run(step_kernel, *args, **kwargs))
         launched(launch, CURRENT_STREAM)

@@ -25,7 +25,7 @@ from adamal_kernels.backends.triton.tables import TensorEntry, tensor_table
 from adamal_kernels.core.bucket import Bucket, BucketKey
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.scalars import StepOptions, derive_step_scalars
-from adamal_kernels.core.storage import DtypePair, compute_dtype
+from adamal_kernels.core.storage import Format, compute_dtype
 from adamal_kernels.verify import same_bits
 from helpers.strange_moments import watch_strange_moments
 
@@ -130,12 +130,12 @@ def make_tensors(key: BucketKey, shapes: tuple[Shape, ...]) -> Tensors:
     """Return a bucket with moments as if of earlier steps; the same values on every call."""
     made = Tensors(Bucket(key))
     generator = torch.Generator().manual_seed(0)
-    dtype = compute_dtype(key.dtypes.param)
+    dtype = key.format.compute
     for shape in shapes:
         values = [torch.randn(shape.numel, generator=generator, dtype=dtype) for _ in range(4)]
         param, exp_avg, exp_avg_sq, maximum = values
         streams = {
-            "param": param.to(key.dtypes.param),
+            "param": param.to(key.format.param),
             "exp_avg": exp_avg * 0.1,
             "exp_avg_sq": exp_avg_sq.square(),
             "max_exp_avg_sq": maximum.square(),
@@ -161,7 +161,7 @@ def set_step(
     generator = torch.Generator().manual_seed(step)
     bucket.grads = []
     for shape in shapes:
-        grad = torch.randn(shape.numel, generator=generator).to(bucket.key.dtypes.grad)
+        grad = torch.randn(shape.numel, generator=generator).to(bucket.key.format.grad)
         if special:
             put_special(grad)
         bucket.grads.append(made.place(grad, int(shape.misaligned == "grad")))
@@ -183,7 +183,7 @@ def put_special(grad: Tensor) -> None:
 
 
 def check_steps(
-    dtypes: DtypePair,
+    dtypes: Format,
     second_moment: SecondMoment,
     variants: tuple[str, ...],
     shapes: tuple[Shape, ...] = SHAPES,
@@ -206,7 +206,7 @@ def check_steps(
     ours.check_edges()
 
 
-def check_zero_by_zero(dtypes: DtypePair, second_moment: SecondMoment) -> None:
+def check_zero_by_zero(dtypes: Format, second_moment: SecondMoment) -> None:
     """Check that a parameter stays where gradient and moments are zero and so is eps."""
     shapes = (Shape(9),)
     made = make_tensors(BucketKey(CPU, dtypes, second_moment), shapes)
@@ -219,7 +219,7 @@ def check_zero_by_zero(dtypes: DtypePair, second_moment: SecondMoment) -> None:
     assert same_bits(bucket.params[0], before)
 
 
-def check_far_block(dtypes: DtypePair) -> None:
+def check_far_block(dtypes: Format) -> None:
     """Check a block beyond 2^31 elements: its tensors' bases are set back by as much."""
     from adamal_kernels.backends.triton import element
 
@@ -295,7 +295,7 @@ BACKENDS = {"C++": TritonBackend, "Python": PythonPlanned}
 """By what plans the steps."""
 
 
-def check_launches(plan: str, dtypes: DtypePair) -> None:
+def check_launches(plan: str, dtypes: Format) -> None:
     """Check the work of each launch: all of it once, alignment promised only where it holds."""
     shapes = (
         Shape(40),
@@ -314,7 +314,7 @@ def check_launches(plan: str, dtypes: DtypePair) -> None:
     }
 
 
-def check_no_work(plan: str, dtypes: DtypePair) -> None:
+def check_no_work(plan: str, dtypes: Format) -> None:
     """Check that a bucket of empty tensors, or of none, launches nothing."""
     for shapes in ((), (Shape(0), Shape(0))):
         made = make_tensors(BucketKey(CPU, dtypes, SecondMoment.MONOTONE), shapes)
@@ -324,7 +324,7 @@ def check_no_work(plan: str, dtypes: DtypePair) -> None:
         assert launches == []
 
 
-def check_tables(plan: str, dtypes: DtypePair) -> None:
+def check_tables(plan: str, dtypes: Format) -> None:
     """Check that tables live as long as they are true: no longer, and no shorter."""
     shapes = (Shape(40), Shape(9))
     made = make_tensors(BucketKey(CPU, dtypes, SecondMoment.MONOTONE), shapes)
@@ -355,7 +355,7 @@ def check_tables(plan: str, dtypes: DtypePair) -> None:
         assert tables[2] != tables[1], "a parameter moved"
 
 
-def check_streams(plan: str, dtypes: DtypePair) -> None:
+def check_streams(plan: str, dtypes: Format) -> None:
     """Check that a step on another stream takes tables of its own, and stays right."""
     from adamal_kernels.backends.triton.launcher import Launcher
 
@@ -387,7 +387,7 @@ def check_streams(plan: str, dtypes: DtypePair) -> None:
         assert same_bits(found, expected)
 
 
-def check_more_rows_than_before(plan: str, dtypes: DtypePair) -> None:
+def check_more_rows_than_before(plan: str, dtypes: Format) -> None:
     """Check that scalars which have become more, or fewer, still reach their tensors."""
     shapes = tuple(Shape(5 + i) for i in range(len(VARIANTS)))
     ours, theirs = (
@@ -402,7 +402,7 @@ def check_more_rows_than_before(plan: str, dtypes: DtypePair) -> None:
             assert same_bits(found, expected), f"{count} rows"
 
 
-def check_failed_tables_are_handed_over_again(plan: str, dtypes: DtypePair) -> None:
+def check_failed_tables_are_handed_over_again(plan: str, dtypes: Format) -> None:
     """Check that a step after one that ran out of memory takes the tables that one could not."""
     from adamal_kernels.backends.triton.launcher import Launcher
 
@@ -516,7 +516,7 @@ def check_watched_moments() -> None:
 
 def check_scalars_are_rounded_once(plan: str) -> None:
     """Check that a float64 scalar reaches a float32 kernel rounded to nearest."""
-    key = BucketKey(CPU, DtypePair(torch.float32, torch.float32), SecondMoment.PLAIN)
+    key = BucketKey(CPU, Format(torch.float32, torch.float32), SecondMoment.PLAIN)
     made = make_tensors(key, (Shape(4),))
     set_step(made, (Shape(4),), 1, ("default",), special=False)
     just_above_half = 1.0 + 2.0**-24 + 2.0**-50

@@ -22,7 +22,7 @@ from adamal_kernels.core.norm import LANES, row_sums
 from adamal_kernels.core.rounding import rounded_sqrt
 from adamal_kernels.core.rows import coupled_rows
 from adamal_kernels.core.scalars import StepOptions, derive_step_scalars
-from adamal_kernels.core.storage import DtypePair
+from adamal_kernels.core.storage import Format
 from adamal_kernels.projections import CoupledSet
 from adamal_kernels.verify import different_values, same_bits
 from helpers.triton_device_scalars import planned_by
@@ -74,7 +74,7 @@ class Run:
         self,
         backend: str,
         rows: tuple[Row, ...],
-        dtypes: DtypePair,
+        dtypes: Format,
         moment: SecondMoment,
         **options: Any,
     ) -> None:
@@ -125,7 +125,7 @@ class Run:
 
 
 def _both(
-    rows: tuple[Row, ...], dtypes: DtypePair, moment: SecondMoment, **options: Any
+    rows: tuple[Row, ...], dtypes: Format, moment: SecondMoment, **options: Any
 ) -> tuple[Run, Run]:
     ours, theirs = (Run(name, rows, dtypes, moment, **options) for name in ("triton", "reference"))
     return ours, theirs
@@ -135,7 +135,7 @@ def _check_same(ours: Run, theirs: Run, what: str) -> None:
     assert different_values(ours.values(), theirs.values()) == [], what
 
 
-def check_layouts(plan: str, dtypes: DtypePair, moment: SecondMoment, steps: int = 3) -> None:
+def check_layouts(plan: str, dtypes: Format, moment: SecondMoment, steps: int = 3) -> None:
     """Check the bits of sets, kinds and layouts that share a bucket, the last step special."""
     with planned_by(plan):
         ours, theirs = _both(LAYOUTS, dtypes, moment)
@@ -149,7 +149,7 @@ def check_layouts(plan: str, dtypes: DtypePair, moment: SecondMoment, steps: int
         assert active == ACTIVE
 
 
-def check_wide(dtypes: DtypePair) -> None:
+def check_wide(dtypes: Format) -> None:
     """Check rows of one and of several parts that a program takes."""
     ours, theirs = _both(WIDE, dtypes, SecondMoment.MONOTONE)
     for run in (ours, theirs):
@@ -188,7 +188,7 @@ def _long_from(length: int, evaluations: int) -> Iterator[Counter[str]]:
         yield launches
 
 
-def check_long(plan: str, dtypes: DtypePair, evaluations: int) -> None:
+def check_long(plan: str, dtypes: Format, evaluations: int) -> None:
     """Check rows that launches project, by enough evaluations and by too few."""
     with planned_by(plan), _long_from(1024, evaluations) as launches:
         ours, theirs = _both(LONG, dtypes, SecondMoment.MONOTONE)
@@ -218,7 +218,7 @@ def check_more_chunks_than_lanes() -> None:
     from adamal_kernels.backends.triton import rows as triton_rows
     from adamal_kernels.backends.triton.tables import TensorEntry, set_table, tensor_table
 
-    float64 = DtypePair(torch.float64, torch.float64)
+    float64 = Format(torch.float64, torch.float64)
     key = BucketKey(CPU, float64, SecondMoment.MONOTONE, coupled=True)
     chunk = 32
     constants = {**triton_long_rows.constants(key), "CHUNK": chunk}
@@ -263,7 +263,7 @@ def check_more_chunks_than_lanes() -> None:
 def check_not_projected(plan: str, capturable: bool, long: bool) -> None:
     """Check that nothing is projected at a learning rate of 0, and in a step that is skipped."""
     rows = (LONG if long else LAYOUTS)[1:3]
-    float32 = DtypePair(torch.float32, torch.float32)
+    float32 = Format(torch.float32, torch.float32)
     with planned_by(plan), _long_from(1024, 2):
         ours, theirs = _both(rows, float32, SecondMoment.MONOTONE, capturable=capturable)
         for step in (1, 2, 3):

@@ -12,7 +12,7 @@ from adamal_kernels.backends.eager.watch import record_steps
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.scalars import StepScalars
 from adamal_kernels.core.stats import WORDS, Record, unpacked
-from adamal_kernels.core.storage import DTYPE_PAIRS, compute_dtype
+from adamal_kernels.core.storage import FORMATS, compute_dtype
 from helpers.native_harness import Array, Command, Harness, StepCase, TensorCase
 from helpers.native_walk import check, expected_tensor, make_scalars, make_tensor
 
@@ -28,9 +28,9 @@ def new_records(count: int) -> torch.Tensor:
     return words
 
 
-def item_elements(command: Command, pair: int, harness: Harness) -> int:
+def item_elements(command: Command, format: int, harness: Harness) -> int:
     info = harness.info()
-    return info.cpu_chunk if command == Command.WATCHED_CPU else info.cuda_chunks[pair]
+    return info.cpu_chunk if command == Command.WATCHED_CPU else info.cuda_chunks[format]
 
 
 def rounded(scalars: Sequence[StepScalars], real: torch.dtype) -> list[StepScalars]:
@@ -46,7 +46,7 @@ def denominators(case: StepCase, tensor: TensorCase) -> torch.Tensor:
 def expected_records(case: StepCase, before: torch.Tensor, tensor: TensorCase) -> torch.Tensor:
     """The one record of all of a tensor after its step."""
     expected = expected_tensor(case, tensor)
-    (row,) = rounded([case.scalars[tensor.row]], compute_dtype(DTYPE_PAIRS[case.pair].param))
+    (row,) = rounded([case.scalars[tensor.row]], compute_dtype(FORMATS[case.format].param))
     record = before.clone()
     old, new = denominators(case, tensor), denominators(case, expected)
     record_steps([record], [old], [new], [row], None)
@@ -74,7 +74,7 @@ def check_steps(
     harness: Harness, command: Command, cases: list[StepCase], steps: Sequence[StepScalars]
 ) -> None:
     """Take some steps of each case, and compare tensors and records after each."""
-    items = [item_elements(command, case.pair, harness) for case in cases]
+    items = [item_elements(command, case.format, harness) for case in cases]
     records = [
         [new_records(-(-t.param.size // item)).numpy() for t in case.tensors]
         for case, item in zip(cases, items, strict=True)
@@ -94,7 +94,7 @@ def check_steps(
                     expected[i][j] = expected_records(case, expected[i][j], tensor)
                 wanted = combined(expected[i][j].numpy())
                 assert combined(records[i][j]) == wanted, (
-                    DTYPE_PAIRS[case.pair],
+                    FORMATS[case.format],
                     SecondMoment(case.second_moment).name,
                     tensor.param.size,
                 )
@@ -107,9 +107,9 @@ def check_steps(
             )
 
 
-def made(pair: int, second_moment: SecondMoment, *, extreme: bool) -> StepCase:
-    rng = np.random.default_rng(pair)
-    case = StepCase(pair, second_moment, [], [], seed=pair)
+def made(format: int, second_moment: SecondMoment, *, extreme: bool) -> StepCase:
+    rng = np.random.default_rng(format)
+    case = StepCase(format, second_moment, [], [], seed=format)
     for i, size in enumerate(SIZES):
         tensor = make_tensor(rng, case, size, extreme=extreme, misaligned={"grad": i % 2})
         case.tensors.append(replace(tensor, grad=None) if i == 3 else tensor)
@@ -128,8 +128,8 @@ def check_records_are_those_of_the_eager_formula(harness: Harness, command: Comm
 
 def check_records_of_every_type_and_of_extremes(harness: Harness, command: Command) -> None:
     cases = [
-        made(pair, second_moment, extreme=True)
-        for pair in (0, 1, 2, 7)
+        made(format, second_moment, extreme=True)
+        for format in (0, 1, 2, 7)
         for second_moment in SecondMoment
     ]
     check_steps(harness, command, cases, [make_scalars(), make_scalars(step=4, eps=0.0)])

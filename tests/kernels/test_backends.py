@@ -18,7 +18,7 @@ from adamal_kernels.backends.eager.foreach import ForeachBackend
 from adamal_kernels.build_info import ExtensionRecord, extension_record
 from adamal_kernels.core.bucket import BucketKey
 from adamal_kernels.core.buffers import SecondMoment
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import FORMATS, Format
 from adamal_kernels.verify import (
     Values,
     different_values,
@@ -37,8 +37,8 @@ def reference(case: Case, device: torch.device) -> Values:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("second_moment", SecondMoment, ids=lambda kind: kind.name.lower())
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=name_of)
-def test_cases(place: Place, second_moment: SecondMoment, dtypes: DtypePair) -> None:
+@pytest.mark.parametrize("dtypes", FORMATS, ids=name_of)
+def test_cases(place: Place, second_moment: SecondMoment, dtypes: Format) -> None:
     """The reference is within the oracle's tolerance; with its bits, so is every other."""
     place.skip_unless_supported(dtypes, second_moment)
     mine = [c for c in cases() if (c.dtypes, c.second_moment) == (dtypes, second_moment)]
@@ -62,7 +62,7 @@ def test_foreach_calls_over_lists_give_the_same_bits_on_cpus(
     """Other devices take them, CPUs only where the scalars are the device's."""
     monkeypatch.setattr(ForeachBackend, "_steps_in_pieces", lambda self, bucket: False)
     device = torch.device("cpu")
-    dtypes = DtypePair(torch.float32, torch.float32)
+    dtypes = Format(torch.float32, torch.float32)
     mine = [c for c in cases() if (c.dtypes, c.second_moment) == (dtypes, second_moment)]
     wrong = [
         case.name
@@ -104,7 +104,7 @@ def test_fused_backends_are_usable_on_the_gpu() -> None:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_types_outside_the_table_are_unsupported(name: str) -> None:
-    dtypes = DtypePair(torch.int32, torch.int32)
+    dtypes = Format(torch.int32, torch.int32)
     key = BucketKey(torch.device("cpu"), dtypes, SecondMoment.MONOTONE)
     assert "int32" in BACKENDS[name].unsupported(key)
 
@@ -166,7 +166,7 @@ def test_a_gpu_that_the_kernels_were_not_built_for(gpu: Callable[..., StandInKer
         "runs CUDA 13.0; run: ADAMAL_CUDA_ARCHS=7.5 python -m adamal_kernels build"
     )
     # Not so much as tried: a step would end in the middle of its launches.
-    key = BucketKey(torch.device("cuda", 0), DTYPE_PAIRS[0], SecondMoment.MONOTONE)
+    key = BucketKey(torch.device("cuda", 0), FORMATS[0], SecondMoment.MONOTONE)
     with pytest.warns(UserWarning, match="cannot be launched|left out here") as warned:
         assert pick(key).name == "foreach"
     assert "because cuda: its kernels cannot be launched" in str(warned[0].message)

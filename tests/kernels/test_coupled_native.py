@@ -41,7 +41,7 @@ from helpers.native_walk import ROWS, decoded, differing, make_scalars, make_ten
 from adamal_kernels import L1Ball, L2Ball, Simplex
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.rows import coupled_rows
-from adamal_kernels.core.storage import DTYPE_PAIRS
+from adamal_kernels.core.storage import FORMATS
 from adamal_kernels.projections import CoupledSet
 from adamal_kernels.verify.oracle import TOLERANCES, nearest_point
 
@@ -59,7 +59,7 @@ def tensor_in(
     """A tensor whose rows are of many sizes; some are not finite, some hardly move."""
     index = row_indices(each.rows)
     tensor = make_tensor(rng, case, index.size, extreme=extreme, **options)
-    if DTYPE_PAIRS[case.pair].param.itemsize == 2:
+    if FORMATS[case.format].param.itemsize == 2:
         return tensor
     factors = rng.choice([1e-3, 0.1, 1.0, 30.0], (len(index), 1))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -85,9 +85,9 @@ def problems(pairs: Sequence[int], layouts: Sequence[str]) -> Iterator[Problem]:
     """Buckets of a tensor a layout, of every kind of set and second moment."""
     rng = np.random.default_rng(1)
     choices = itertools.product(pairs, SETS, (False, True))
-    for seed, (pair, cls, extreme) in enumerate(choices):
-        dtype = DTYPE_PAIRS[pair].param
-        case = StepCase(pair, list(SecondMoment)[seed % 3], SCALARS, [], seed)
+    for seed, (format, cls, extreme) in enumerate(choices):
+        dtype = FORMATS[format].param
+        case = StepCase(format, list(SecondMoment)[seed % 3], SCALARS, [], seed)
         sets = []
         for i, layout in enumerate(layouts):
             projection = cls(size_of(cls, layout), dim=LAYOUTS[layout][2])
@@ -117,21 +117,21 @@ def moved_rows(harness: Harness, problem: Problem, projected: ProjectResult) -> 
     )
 
 
-@pytest.mark.parametrize("pair", range(len(DTYPE_PAIRS)), ids=str)
-def test_every_layout(harness: Harness, pair: int) -> None:
+@pytest.mark.parametrize("format", range(len(FORMATS)), ids=str)
+def test_every_layout(harness: Harness, format: int) -> None:
     # Of the types that only the step sees, the small ones.
-    layouts = list(LAYOUTS) if pair in (FLOAT32, FLOAT64) else [*LAYOUTS][:2] + [*LAYOUTS][4:7]
-    buckets = list(problems([pair], layouts))
+    layouts = list(LAYOUTS) if format in (FLOAT32, FLOAT64) else [*LAYOUTS][:2] + [*LAYOUTS][4:7]
+    buckets = list(problems([format], layouts))
     results = check_against_serial(harness, buckets)
-    if pair == FLOAT32:
+    if format == FLOAT32:
         moved = moved_rows(harness, buckets[0], results[0])
         assert 0.1 < moved.mean() < 0.9
 
 
-@pytest.mark.parametrize("pair", [2, 3], ids=["bfloat16", "float16"])
-def test_sixteen_bit_rows_in_and_out_of_cache(harness: Harness, pair: int) -> None:
+@pytest.mark.parametrize("format", [2, 3], ids=["bfloat16", "float16"])
+def test_sixteen_bit_rows_in_and_out_of_cache(harness: Harness, format: int) -> None:
     layouts = ["rows, several items", "long rows", "columns, more than a tile", "middle"]
-    check_against_serial(harness, list(problems([pair], layouts)))
+    check_against_serial(harness, list(problems([format], layouts)))
 
 
 @pytest.mark.parametrize("cls", SETS)
@@ -169,12 +169,12 @@ def test_the_step_begins_the_search_of_a_long_row(harness: Harness, cls: type[Co
     assert warm.tensors[0].param.tobytes() == cold.tensors[0].param.tobytes()
 
 
-@pytest.mark.parametrize("pair", [FLOAT32, FLOAT64], ids=["float32", "float64"])
+@pytest.mark.parametrize("format", [FLOAT32, FLOAT64], ids=["float32", "float64"])
 @pytest.mark.parametrize("cls", [L2Ball, L1Ball])
 def test_rows_about_the_size_of_their_balls(
-    harness: Harness, cls: type[CoupledSet], pair: int
+    harness: Harness, cls: type[CoupledSet], format: int
 ) -> None:
-    check_rows_about_the_size_of_their_balls(harness, cls, pair)
+    check_rows_about_the_size_of_their_balls(harness, cls, format)
 
 
 @pytest.mark.parametrize("cls", [L2Ball, L1Ball])

@@ -22,7 +22,7 @@ from helpers.machine_code import (
 )
 
 from adamal_kernels.core.buffers import SecondMoment
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair, compute_dtype
+from adamal_kernels.core.storage import FORMATS, Format
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 STEP_ARCHS = ("sm_75", *ARCHS, "sm_120")  # all that setup.py names; each takes minutes
@@ -35,7 +35,7 @@ pytestmark = needs_nvcc
 class Kernel:
     """One kernel's machine code, and what its name says."""
 
-    dtypes: DtypePair
+    dtypes: Format
     second_moment: SecondMoment
     code: list[Instruction]
 
@@ -49,14 +49,14 @@ class Kernel:
     @property
     def vectors(self) -> int:
         """How many vectors of each stream a thread holds of a whole chunk."""
-        moment = compute_dtype(self.dtypes.param)
-        return THREAD_BYTES // (16 * self.accesses(moment))
+        return THREAD_BYTES // (16 * self.accesses(self.dtypes.compute))
 
     @property
     def vector_loads(self) -> int:
-        moments = 3 if self.second_moment == SecondMoment.AMSGRAD else 2
-        moment = self.accesses(compute_dtype(self.dtypes.param))
-        return sum(map(self.accesses, self.dtypes)) + moments * moment
+        has_maximum = self.second_moment == SecondMoment.AMSGRAD
+        return sum(map(self.accesses, self.dtypes)) + has_maximum * self.accesses(
+            self.dtypes.exp_avg_sq
+        )
 
     @property
     def vector_stores(self) -> int:
@@ -72,21 +72,21 @@ class Build:
     kernels: list[Kernel]
 
 
+TYPES = {"f": torch.float32, "d": torch.float64}
+TYPES |= {"NS_8bfloat16E": torch.bfloat16, "NS_7float16E": torch.float16}
+TYPE = rf"{'|'.join(TYPES)}|S\d*_"
 NAME = re.compile(
-    r"adamal_stepILNS_12SecondMomentE(?P<moment>\d)E"
-    r"(?P<param>f|d|NS_8bfloat16E|NS_7float16E)(?P<grad>f|d|NS_8bfloat16E|NS_7float16E|S\d*_)"
+    rf"adamal_stepINS_9KernelKeyILNS_12SecondMomentE(?P<moment>\d)E(?P<types>(?:{TYPE}){{4}})E"
 )
 
 
-def parse_name(name: str) -> tuple[DtypePair, SecondMoment]:
+def parse_name(name: str) -> tuple[Format, SecondMoment]:
     match = NAME.search(name)
     assert match, f"not a step kernel: {name}"
-    types = {"f": torch.float32, "d": torch.float64}
-    types |= {"NS_8bfloat16E": torch.bfloat16, "NS_7float16E": torch.float16}
-    param = types[match["param"]]
     # A substitution can only repeat the parameter's type.
-    grad = types.get(match["grad"], param)
-    return DtypePair(param, grad), SecondMoment(int(match["moment"]))
+    param, *others = re.findall(TYPE, match["types"])
+    types = [TYPES.get(name, TYPES[param]) for name in (param, *others)]
+    return Format(*types), SecondMoment(int(match["moment"]))
 
 
 def parse_sass(text: str) -> Iterator[Kernel]:
@@ -107,8 +107,8 @@ def build(request: pytest.FixtureRequest, session_folder: Path) -> Build:
 
 
 def test_there_is_a_kernel_for_every_pair_and_second_moment(build: Build) -> None:
-    found = sorted((DTYPE_PAIRS.index(k.dtypes), k.second_moment) for k in build.kernels)
-    kinds = [(pair, moment) for pair in range(len(DTYPE_PAIRS)) for moment in SecondMoment]
+    found = sorted((FORMATS.index(k.dtypes), k.second_moment) for k in build.kernels)
+    kinds = [(pair, moment) for pair in range(len(FORMATS)) for moment in SecondMoment]
     assert found == sorted(kinds * CAPACITIES)
 
 
@@ -164,7 +164,7 @@ def conditional_stores(kernel: Kernel) -> int:
 def test_only_changed_second_moments_are_stored(build: Build) -> None:
     for kernel in build.kernels:
         vectors = kernel.vectors + 1
-        stores = vectors * kernel.accesses(compute_dtype(kernel.dtypes.param))
+        stores = vectors * kernel.accesses(kernel.dtypes.exp_avg_sq)
         if kernel.second_moment == SecondMoment.PLAIN:
             assert conditional_stores(kernel) == 0
         else:  # The two paths may share their last store.

@@ -38,7 +38,7 @@ from adamal_kernels.core.scalars import (
     gradient_factor,
 )
 from adamal_kernels.core.stats import WORDS
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import FORMATS, Format
 from adamal_kernels.step.options import check_capturable
 from adamal_kernels.verify import Values, different_values, run_case, same_bits
 from adamal_kernels.verify.cases import Case, cases
@@ -137,7 +137,7 @@ def case_of(case: Case, **options: Any) -> Case:
 CASES = [
     case
     for case in cases()
-    if case.dtypes == DTYPE_PAIRS[0] or case.variant == "box, special gradients"
+    if case.dtypes == FORMATS[0] or case.variant == "box, special gradients"
 ]
 
 
@@ -332,7 +332,7 @@ class NothingWaits(TorchFunctionMode):
 @pytest.mark.parametrize("backend", ["foreach", "reference"])
 def test_eager_steps_wait_for_nothing(backend: str, second_moment: SecondMoment) -> None:
     """By operators alone, which a CUDA graph can capture; norms and records too."""
-    key = BucketKey(torch.device("cpu"), DTYPE_PAIRS[0], second_moment, device_scalars=True)
+    key = BucketKey(torch.device("cpu"), FORMATS[0], second_moment, device_scalars=True)
     bucket = Bucket(key, rows=[0, 1, 2, 3])
     streams = [bucket.params, bucket.grads, *bucket.elementwise_buffers]
     for stream in streams:
@@ -454,7 +454,7 @@ def clone_state(optimizer: Any, param: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("capturable", [False, True])
 def test_groups_of_several_types(place: Place, capturable: bool) -> None:
     """A plan's options are its own, where a group has parameters of several plans."""
-    place.skip_unless_supported(DtypePair(torch.bfloat16, torch.bfloat16))
+    place.skip_unless_supported(Format(torch.bfloat16, torch.bfloat16))
     runs = []
     for backend in (place.backend, "reference"):
         params = [

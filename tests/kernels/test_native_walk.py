@@ -39,7 +39,7 @@ from helpers.native_walk import (
 )
 
 from adamal_kernels.core.buffers import SecondMoment
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import FORMATS, Format
 
 # By code in csrc/formula/dtypes.h.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -104,11 +104,11 @@ def test_cuda_walk_stores_what_changed(harness: Harness, numel: int) -> None:
         harness.step_cuda([replace(case, tensors=[tensor])])
 
 
-@pytest.mark.parametrize("pair", [0, 1, 2])
+@pytest.mark.parametrize("format", [0, 1, 2])
 def test_launches_split_where_their_parameters_are_full(
-    harness: Harness, info: Info, pair: int
+    harness: Harness, info: Info, format: int
 ) -> None:
-    check_launches_split_where_their_parameters_are_full(harness, info, pair)
+    check_launches_split_where_their_parameters_are_full(harness, info, format)
 
 
 def test_tensors_at_rest_cost_no_launch(harness: Harness, info: Info) -> None:
@@ -127,8 +127,8 @@ def test_tensors_at_rest_cost_no_launch(harness: Harness, info: Info) -> None:
 # Tables that C++ and Python share.
 
 
-def test_pairs_are_those_of_python(info: Info) -> None:
-    assert [DtypePair(*(DTYPES[code] for code in pair)) for pair in info.pairs] == list(DTYPE_PAIRS)
+def test_formats_are_those_of_python(info: Info) -> None:
+    assert [Format(*(DTYPES[code] for code in codes)) for codes in info.formats] == list(FORMATS)
 
 
 @pytest.mark.parametrize(("code", "dtype"), SIXTEEN_BIT)

@@ -45,9 +45,9 @@ def test_short_rows(harness: Harness, kind: int) -> None:
 
 
 @kinds
-@pytest.mark.parametrize("pair", [0, 1, 2])
-def test_long_rows(harness: Harness, kind: int, pair: int) -> None:
-    check_long_rows(harness, kind, pair)
+@pytest.mark.parametrize("format", [0, 1, 2])
+def test_long_rows(harness: Harness, kind: int, format: int) -> None:
+    check_long_rows(harness, kind, format)
 
 
 def test_sizes_that_no_step_has_added(harness: Harness) -> None:
@@ -90,8 +90,8 @@ def test_tensors_at_rest(harness: Harness, kind: int, on_device: bool) -> None:
 @pytest.mark.parametrize("name", ["none", "scaled and clipped", "found inf", "NaN norm"])
 def test_scalars_of_the_device(harness: Harness, name: str) -> None:
     cases = [
-        bucket(pair, SecondMoment.MONOTONE, [*LONG[:2], *SHORT[4:7]], kind)
-        for kind, pair in enumerate((0, 1, 3))
+        bucket(format, SecondMoment.MONOTONE, [*LONG[:2], *SHORT[4:7]], kind)
+        for kind, format in enumerate((0, 1, 3))
     ]
     devices = [DeviceCase((OTHERS[0],) * len(SCALARS), COUNTS, **INPUTS[name]) for _ in cases]
     changed = check_projected(harness, cases, devices)

@@ -18,7 +18,7 @@ import torch
 from helpers.machine_code import loads_in_flight, parse_code
 
 from adamal_kernels.core.buffers import SecondMoment
-from adamal_kernels.core.storage import DtypePair
+from adamal_kernels.core.storage import Format
 
 triton = pytest.importorskip("triton")
 
@@ -56,7 +56,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def check_cuda(dtypes: DtypePair, second_moment: SecondMoment, target: GPUTarget) -> None:
+def check_cuda(dtypes: Format, second_moment: SecondMoment, target: GPUTarget) -> None:
     ptx = compile_step(dtypes, second_moment, target).asm["ptx"]
     check_accesses(ptx, dtypes, second_moment, target)
     check_arithmetic(ptx, dtypes, target)
@@ -64,22 +64,20 @@ def check_cuda(dtypes: DtypePair, second_moment: SecondMoment, target: GPUTarget
 
 @every_moment
 @every_pair
-def test_sm_90(dtypes: DtypePair, second_moment: SecondMoment) -> None:
+def test_sm_90(dtypes: Format, second_moment: SecondMoment) -> None:
     check_cuda(dtypes, second_moment, SM90)
 
 
 @every_moment
 @some_pairs
 @pytest.mark.parametrize("target", [SM80, SM100], ids=["sm_80", "sm_100"])
-def test_other_cuda_targets(
-    target: GPUTarget, dtypes: DtypePair, second_moment: SecondMoment
-) -> None:
+def test_other_cuda_targets(target: GPUTarget, dtypes: Format, second_moment: SecondMoment) -> None:
     check_cuda(dtypes, second_moment, target)
 
 
 @some_pairs
 @pytest.mark.parametrize("target", [SM80, SM90, SM100], ids=["sm_80", "sm_90", "sm_100"])
-def test_machine_code(target: GPUTarget, dtypes: DtypePair, tmp_path: Path) -> None:
+def test_machine_code(target: GPUTarget, dtypes: Format, tmp_path: Path) -> None:
     """The assembler keeps the vectors and loads them before use, and takes few registers."""
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compile_step(dtypes, SecondMoment.MONOTONE, target).asm["cubin"])
@@ -106,7 +104,7 @@ def test_machine_code(target: GPUTarget, dtypes: DtypePair, tmp_path: Path) -> N
 
 @every_moment
 @every_pair
-def test_without_the_hint_nothing_is_wide(dtypes: DtypePair, second_moment: SecondMoment) -> None:
+def test_without_the_hint_nothing_is_wide(dtypes: Format, second_moment: SecondMoment) -> None:
     kernel = compile_step(dtypes, second_moment, SM90, aligned=False)
     ptx = kernel.asm["ptx"]
     assert not re.search(r"(ld|st)\.global\S*\.v[248]", ptx)
@@ -129,7 +127,7 @@ def fused_operations(assembly: str) -> int:
 
 @every_moment
 @some_pairs
-def test_gfx942(dtypes: DtypePair, second_moment: SecondMoment) -> None:
+def test_gfx942(dtypes: Format, second_moment: SecondMoment) -> None:
     kernel = compile_step(dtypes, second_moment, GFX942)
     assembly, llir = kernel.asm["amdgcn"], kernel.asm["llir"]
     streams = stream_bytes(dtypes, second_moment, GFX942)

@@ -30,7 +30,7 @@ from adamal_kernels.backends.triton import long_rows as triton_long_rows  # noqa
 from adamal_kernels.backends.triton import rows as triton_rows  # noqa: E402
 from adamal_kernels.core.bucket import BucketKey  # noqa: E402
 from adamal_kernels.core.buffers import SecondMoment  # noqa: E402
-from adamal_kernels.core.storage import DtypePair, compute_dtype  # noqa: E402
+from adamal_kernels.core.storage import Format, compute_dtype  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     element.interpreted() is not False, reason="TRITON_INTERPRET is set"
@@ -68,7 +68,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def compile_projection(
     name: str,
-    dtypes: DtypePair,
+    dtypes: Format,
     target: GPUTarget,
     second_moment: SecondMoment = SecondMoment.MONOTONE,
     *,
@@ -102,7 +102,7 @@ def operations_of(ptx: str) -> set[tuple[str, str]]:
     return {(kind, dtype) for kind, _, dtype in found}
 
 
-def check_cuda(name: str, dtypes: DtypePair, target: GPUTarget, folder: Path) -> None:
+def check_cuda(name: str, dtypes: Format, target: GPUTarget, folder: Path) -> None:
     """Check that all is rounded, nothing spilled, and that two programs fit a multiprocessor."""
     kernel = compile_projection(name, dtypes, target)
     ptx = kernel.asm["ptx"]

@@ -34,7 +34,7 @@ from adamal_kernels.backends.triton import norm as triton_norm
 from adamal_kernels.backends.triton import scalars as triton_scalars
 from adamal_kernels.core.bucket import BucketKey
 from adamal_kernels.core.buffers import SecondMoment
-from adamal_kernels.core.storage import DtypePair, compute_dtype
+from adamal_kernels.core.storage import Format, compute_dtype
 
 pytestmark = pytest.mark.skipif(
     element.interpreted() is not False, reason="TRITON_INTERPRET is set"
@@ -67,19 +67,19 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def compile_derive(dtypes: DtypePair, target: GPUTarget) -> Any:
+def compile_derive(dtypes: Format, target: GPUTarget) -> Any:
     scalars = "*fp64" if compute_dtype(dtypes.param) == torch.float64 else "*fp32"
     pointers = {"inputs": "*i64", "source": "*i64", "scalars": scalars}
     return compile_kernel(triton_scalars.derive_kernel, pointers, {}, target)
 
 
-def compile_items(dtypes: DtypePair, target: GPUTarget, *, aligned: bool = True) -> Any:
+def compile_items(dtypes: Format, target: GPUTarget, *, aligned: bool = True) -> Any:
     key = BucketKey(torch.device("cuda", 0), dtypes, SecondMoment.MONOTONE)
     constants = triton_norm.constants(key, aligned=aligned)
     return compile_kernel(triton_norm.item_sums_kernel, _ITEM_POINTERS, constants, target)
 
 
-def compile_sums(dtypes: DtypePair, target: GPUTarget) -> tuple[Any, Any]:
+def compile_sums(dtypes: Format, target: GPUTarget) -> tuple[Any, Any]:
     levels = {"CHUNK_LEVELS": triton_norm.chunk_levels(compute_dtype(dtypes.param))}
     return (
         compile_kernel(triton_norm.tensor_sums_kernel, _TENSOR_POINTERS, levels, target),
@@ -97,7 +97,7 @@ def arithmetic_of(ptx: str) -> Counter[str]:
 
 @every_cuda_target
 @pytest.mark.parametrize("dtypes", [FLOAT32, FLOAT64], ids=types_id)
-def test_scalars(target: GPUTarget, dtypes: DtypePair) -> None:
+def test_scalars(target: GPUTarget, dtypes: Format) -> None:
     ptx = compile_derive(dtypes, target).asm["ptx"]
     found = arithmetic_of(ptx)
     # The scale, the clip and the learning rate; a root of one bias.
@@ -113,7 +113,7 @@ def test_scalars(target: GPUTarget, dtypes: DtypePair) -> None:
 
 @every_cuda_target
 @some_pairs
-def test_step_by_scalars_of_the_device(target: GPUTarget, dtypes: DtypePair) -> None:
+def test_step_by_scalars_of_the_device(target: GPUTarget, dtypes: Format) -> None:
     kernel = compile_step(dtypes, SecondMoment.MONOTONE, target, device_scalars=True)
     check_accesses(kernel.asm["ptx"], dtypes, SecondMoment.MONOTONE, target)
     check_arithmetic(kernel.asm["ptx"], dtypes, target)
@@ -121,7 +121,7 @@ def test_step_by_scalars_of_the_device(target: GPUTarget, dtypes: DtypePair) -> 
 
 @every_cuda_target
 @some_pairs
-def test_norm(target: GPUTarget, dtypes: DtypePair) -> None:
+def test_norm(target: GPUTarget, dtypes: Format) -> None:
     ptx = compile_items(dtypes, target).asm["ptx"]
     found = arithmetic_of(ptx)
     # Four squares a thread, of which each is added to its neighbour, then to the next pair.
@@ -137,14 +137,14 @@ def test_norm(target: GPUTarget, dtypes: DtypePair) -> None:
 
 
 @every_pair
-def test_norm_without_the_hint(dtypes: DtypePair) -> None:
+def test_norm_without_the_hint(dtypes: Format) -> None:
     ptx = compile_items(dtypes, SM90, aligned=False).asm["ptx"]
     assert not re.search(r"ld\.global\S*\.v[248]", ptx)
     arithmetic_of(ptx)
 
 
 @some_pairs
-def test_gfx942(dtypes: DtypePair) -> None:
+def test_gfx942(dtypes: Format) -> None:
     kernels = [
         compile_derive(dtypes, GFX942),
         compile_items(dtypes, GFX942),

@@ -10,7 +10,7 @@ import torch
 
 from adamal_kernels.core.bucket import BucketKey
 from adamal_kernels.core.buffers import SecondMoment
-from adamal_kernels.core.storage import DtypePair, compute_dtype
+from adamal_kernels.core.storage import Format, compute_dtype
 
 triton = pytest.importorskip("triton")
 
@@ -31,7 +31,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def compile_watched(
-    dtypes: DtypePair, second_moment: SecondMoment, target: object, *, device_scalars: bool = False
+    dtypes: Format, second_moment: SecondMoment, target: object, *, device_scalars: bool = False
 ) -> object:
     key = BucketKey(torch.device("cuda", 0), dtypes, second_moment, device_scalars)
     constants = element.constants(key, target, aligned=True)
@@ -48,7 +48,7 @@ def compile_watched(
 @compiling.every_moment
 @compiling.some_pairs
 @pytest.mark.parametrize("target", [SM80, SM90, SM100], ids=["sm_80", "sm_90", "sm_100"])
-def test_cuda_targets(target: object, dtypes: DtypePair, second_moment: SecondMoment) -> None:
+def test_cuda_targets(target: object, dtypes: Format, second_moment: SecondMoment) -> None:
     """Wide accesses and rounded arithmetic, as in a step that is not watched."""
     ptx = compile_watched(dtypes, second_moment, target).asm["ptx"]
     assert not re.search(r"\bfma\.|\bmad\.\S*f(32|64)|\.approx|\.full|\.ftz", ptx)

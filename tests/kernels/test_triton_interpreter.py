@@ -24,19 +24,19 @@ from adamal_kernels.backends.triton.backend import TritonBackend
 from adamal_kernels.core.bucket import BucketKey
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.norm import LANES, chunk_elements
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import FORMATS, Format
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
-FLOAT32 = DTYPE_PAIRS[0]
+FLOAT32 = FORMATS[0]
 
 
-def types_id(dtypes: DtypePair) -> str:
-    return "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+def types_id(dtypes: Format) -> str:
+    return "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes[:2])
 
 
-every_pair = pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=types_id)
-some_pairs = pytest.mark.parametrize("dtypes", DTYPE_PAIRS[:3], ids=types_id)
+every_pair = pytest.mark.parametrize("dtypes", FORMATS, ids=types_id)
+some_pairs = pytest.mark.parametrize("dtypes", FORMATS[:3], ids=types_id)
 every_plan = pytest.mark.parametrize("plan", checks.BACKENDS)
 every_moment = pytest.mark.parametrize("second_moment", SecondMoment, ids=lambda m: m.name.lower())
 
@@ -58,7 +58,7 @@ def interpreted() -> Iterator[Run]:
 @every_moment
 @every_pair
 def test_same_bits(
-    interpreted: Run, dtypes: DtypePair, second_moment: SecondMoment, variant: str
+    interpreted: Run, dtypes: Format, second_moment: SecondMoment, variant: str
 ) -> None:
     interpreted(checks.check_steps, dtypes, second_moment, (variant,))
 
@@ -71,7 +71,7 @@ def test_sizes(interpreted: Run, numel: int) -> None:
 
 @pytest.mark.parametrize("stream", STREAMS)
 @every_pair
-def test_each_stream_misaligned(interpreted: Run, dtypes: DtypePair, stream: str) -> None:
+def test_each_stream_misaligned(interpreted: Run, dtypes: Format, stream: str) -> None:
     shapes = (Shape(33), Shape(BLOCK + 33, misaligned=stream), Shape(BLOCK))
     interpreted(checks.check_steps, dtypes, SecondMoment.AMSGRAD, ("default",), shapes)
 
@@ -83,7 +83,7 @@ def test_every_tensor_has_its_own_row(interpreted: Run, second_moment: SecondMom
 
 
 @every_pair
-def test_twenty_steps(interpreted: Run, dtypes: DtypePair) -> None:
+def test_twenty_steps(interpreted: Run, dtypes: Format) -> None:
     shapes = (Shape(100), Shape(BLOCK + 7))
     variants = ("decoupled decay", "box")
     interpreted(checks.check_steps, dtypes, SecondMoment.MONOTONE, variants, shapes, steps=20)
@@ -91,20 +91,18 @@ def test_twenty_steps(interpreted: Run, dtypes: DtypePair) -> None:
 
 @every_moment
 @every_pair
-def test_zero_by_zero(interpreted: Run, dtypes: DtypePair, second_moment: SecondMoment) -> None:
+def test_zero_by_zero(interpreted: Run, dtypes: Format, second_moment: SecondMoment) -> None:
     interpreted(checks.check_zero_by_zero, dtypes, second_moment)
 
 
 @every_pair
-def test_beyond_2_to_the_31(interpreted: Run, dtypes: DtypePair) -> None:
+def test_beyond_2_to_the_31(interpreted: Run, dtypes: Format) -> None:
     interpreted(checks.check_far_block, dtypes)
 
 
 @every_plan
 @every_pair
-def test_work_is_complete_and_alignment_true(
-    interpreted: Run, dtypes: DtypePair, plan: str
-) -> None:
+def test_work_is_complete_and_alignment_true(interpreted: Run, dtypes: Format, plan: str) -> None:
     interpreted(checks.check_launches, plan, dtypes)
 
 
@@ -124,8 +122,8 @@ def test_each_stream_has_its_tables(interpreted: Run, plan: str) -> None:
 
 
 @every_plan
-@pytest.mark.parametrize("dtypes", [FLOAT32, DTYPE_PAIRS[1]], ids=types_id)
-def test_more_rows_than_before(interpreted: Run, dtypes: DtypePair, plan: str) -> None:
+@pytest.mark.parametrize("dtypes", [FLOAT32, FORMATS[1]], ids=types_id)
+def test_more_rows_than_before(interpreted: Run, dtypes: Format, plan: str) -> None:
     interpreted(checks.check_more_rows_than_before, plan, dtypes)
 
 
@@ -179,29 +177,27 @@ def test_scalars_are_rounded_once(interpreted: Run, plan: str) -> None:
 @pytest.mark.parametrize("given", device_checks.INPUTS)
 @every_plan
 def test_scalars_derived_on_the_device(interpreted: Run, plan: str, given: str) -> None:
-    interpreted(device_checks.check_derived, plan, DTYPE_PAIRS[1], given)
+    interpreted(device_checks.check_derived, plan, FORMATS[1], given)
 
 
 @every_pair
-def test_scalars_derived_on_the_device_are_rounded_once(
-    interpreted: Run, dtypes: DtypePair
-) -> None:
+def test_scalars_derived_on_the_device_are_rounded_once(interpreted: Run, dtypes: Format) -> None:
     interpreted(device_checks.check_derived, "C++", dtypes, "unscaled and clipped")
 
 
 def test_more_tensors_than_a_program_derives_scalars_of(interpreted: Run) -> None:
-    interpreted(device_checks.check_derived, "C++", DTYPE_PAIRS[1], "unscaled", tensors=260)
+    interpreted(device_checks.check_derived, "C++", FORMATS[1], "unscaled", tensors=260)
 
 
 @every_pair
-def test_norm_of_gradients(interpreted: Run, dtypes: DtypePair) -> None:
+def test_norm_of_gradients(interpreted: Run, dtypes: Format) -> None:
     numels = device_checks.norm_sizes(dtypes)
     interpreted(device_checks.check_norm, dtypes, numels)
 
 
 def test_norm_of_more_chunks_than_lanes(interpreted: Run) -> None:
     numels = (LANES * chunk_elements(torch.float64) + 3 * BLOCK + 5,)
-    interpreted(device_checks.check_norm, DTYPE_PAIRS[1], numels)
+    interpreted(device_checks.check_norm, FORMATS[1], numels)
 
 
 @pytest.mark.parametrize("numels", [(9,), (0, 2), (1, 5000)], ids=str)
@@ -228,7 +224,7 @@ def test_captured_projections(interpreted: Run) -> None:
 
 
 @every_pair
-def test_projections(interpreted: Run, dtypes: DtypePair) -> None:
+def test_projections(interpreted: Run, dtypes: Format) -> None:
     interpreted(projection_checks.check_layouts, "C++", dtypes, SecondMoment.MONOTONE)
 
 
@@ -240,16 +236,16 @@ def test_projections_in_the_metric_of_another_moment(
 
 
 @some_pairs
-def test_projections_of_wide_rows(interpreted: Run, dtypes: DtypePair) -> None:
+def test_projections_of_wide_rows(interpreted: Run, dtypes: Format) -> None:
     interpreted(projection_checks.check_wide, dtypes)
 
 
 @pytest.mark.parametrize(
     ("plan", "evaluations", "dtypes"),
-    [("C++", 0, FLOAT32), ("C++", 2, DTYPE_PAIRS[1]), ("Python", 12, FLOAT32)],
+    [("C++", 0, FLOAT32), ("C++", 2, FORMATS[1]), ("Python", 12, FLOAT32)],
 )
 def test_projections_of_long_rows(
-    interpreted: Run, plan: str, evaluations: int, dtypes: DtypePair
+    interpreted: Run, plan: str, evaluations: int, dtypes: Format
 ) -> None:
     interpreted(projection_checks.check_long, plan, dtypes, evaluations)
 
@@ -286,7 +282,5 @@ def test_other_devices_are_refused() -> None:
 
 
 def test_unknown_types_are_refused() -> None:
-    key = BucketKey(
-        torch.device("cpu"), DtypePair(torch.float64, torch.float16), SecondMoment.PLAIN
-    )
+    key = BucketKey(torch.device("cpu"), Format(torch.float64, torch.float16), SecondMoment.PLAIN)
     assert TritonBackend().unsupported(key) is not None

@@ -12,7 +12,7 @@ import pytest
 from helpers import triton_driver as checks
 from helpers.support import name_of
 
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import FORMATS, Format
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -37,9 +37,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 @pytest.mark.parametrize("offset", [0, 8])
 @pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS[:3], ids=name_of)
+@pytest.mark.parametrize("dtypes", FORMATS[:3], ids=name_of)
 def test_is_the_launch_that_triton_makes(
-    driver: Run, dtypes: DtypePair, aligned: bool, offset: int
+    driver: Run, dtypes: Format, aligned: bool, offset: int
 ) -> None:
     driver(checks.check_same_launch, dtypes, aligned, offset)
 

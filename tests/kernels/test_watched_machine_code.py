@@ -15,7 +15,7 @@ from helpers.machine_code import (
 )
 
 from adamal_kernels.core.buffers import SecondMoment
-from adamal_kernels.core.storage import DTYPE_PAIRS
+from adamal_kernels.core.storage import FORMATS
 
 pytestmark = needs_nvcc
 
@@ -27,7 +27,7 @@ def test_watched_kernels(arch: str, tmp_path: Path) -> None:
     assert {"div.rn.f32", "sqrt.rn.f32", "div.rn.f64", "sqrt.rn.f64"} <= rounded_arithmetic(ptx)
     assert set(re.findall(r"(\d+) bytes spill (?:stores|loads)", report)) == {"0"}
     kernels = [part.split("\n", 1) for part in sass.split("Function : ")[1:]]
-    assert len(kernels) == len(DTYPE_PAIRS) * len(SecondMoment) * CAPACITIES
+    assert len(kernels) == len(FORMATS) * len(SecondMoment) * CAPACITIES
     for name, body in kernels:
         opcodes = [instruction.opcode for instruction in parse_code(body)]
         kinds = {opcode.split(".")[0] for opcode in opcodes}

@@ -13,12 +13,12 @@ from helpers.support import Place, name_of
 from torch import Tensor
 
 from adamal_kernels import Adam, AdamAL, Box, NonNegative
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import FORMATS, Format
 from adamal_kernels.verify import same_bits
 from adamal_kernels.verify.oracle import TOLERANCES, is_within
 
-DOUBLE = DtypePair(torch.float64, torch.float64)
-SINGLE = DtypePair(torch.float32, torch.float32)
+DOUBLE = Format(torch.float64, torch.float64)
+SINGLE = Format(torch.float32, torch.float32)
 
 ELEMENTS = 3
 
@@ -33,14 +33,14 @@ ANY_FLOAT = st.floats(width=32)
 ORDINARY = st.one_of(st.floats(1e-3, 1), st.floats(-1, -1e-3))
 
 
-def new_param(place: Place, values: list[float], dtypes: DtypePair) -> Tensor:
+def new_param(place: Place, values: list[float], dtypes: Format) -> Tensor:
     param = torch.tensor(values, dtype=dtypes.param, device=place.device).requires_grad_()
     if dtypes.grad != dtypes.param:
         param.grad_dtype = dtypes.grad
     return param
 
 
-def set_grad(param: Tensor, values: list[float], dtypes: DtypePair) -> None:
+def set_grad(param: Tensor, values: list[float], dtypes: Format) -> None:
     param.grad = torch.tensor(values, dtype=torch.float64).to(param.device, dtypes.grad)
 
 
@@ -129,12 +129,12 @@ def test_bias_correction_makes_the_first_step_lr(place: Place) -> None:
 
 
 @pytest.mark.parametrize("bias_correction", [False, True])
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=name_of)
+@pytest.mark.parametrize("dtypes", FORMATS, ids=name_of)
 @given(grads=vectors(ANY_FLOAT), beta2=st.sampled_from([0.0, 0.5, 0.9, 0.999, 1 - 2.0**-24]))
 @settings(max_examples=8, deadline=None)
 def test_v_never_decreases(
     place: Place,
-    dtypes: DtypePair,
+    dtypes: Format,
     bias_correction: bool,
     grads: list[list[float]],
     beta2: float,
@@ -161,7 +161,7 @@ def boxes(draw: st.DrawFn) -> Box | NonNegative:
     return draw(st.sampled_from([Box(lo, hi), NonNegative()]))
 
 
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=name_of)
+@pytest.mark.parametrize("dtypes", FORMATS, ids=name_of)
 @given(
     projection=boxes(),
     start=st.lists(st.floats(-2, 2), min_size=ELEMENTS, max_size=ELEMENTS),
@@ -180,7 +180,7 @@ def boxes(draw: st.DrawFn) -> Box | NonNegative:
 @settings(max_examples=15, deadline=None)
 def test_box_step_is_feasible_and_the_clamp_of_the_free_step(
     place: Place,
-    dtypes: DtypePair,
+    dtypes: Format,
     projection: Box | NonNegative,
     start: list[float],
     grads: list[list[float]],

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adamal_kernels import AdamAL
 from adamal_kernels.core.norm import LANES, chunk_elements, squared_norm
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair, compute_dtype
+from adamal_kernels.core.storage import FORMATS, Format, compute_dtype
 from adamal_kernels.verify import same_bits
 
 # About a chunk of either compute type, and about a work item of the CPU's.
@@ -29,7 +29,7 @@ def draw(size: int | tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tens
     return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def params_like(grads: Sequence[Tensor | None], dtypes: DtypePair, place: Place) -> list[Tensor]:
+def params_like(grads: Sequence[Tensor | None], dtypes: Format, place: Place) -> list[Tensor]:
     """Return parameters with copies of ``grads``; of one element where there is none."""
     params = []
     for grad in grads:
@@ -73,10 +73,10 @@ def written_out(grad: Tensor, chunk: int) -> float:
     return tree(lanes)
 
 
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=name_of)
-def test_bits_are_those_of_the_documented_order(place: Place, dtypes: DtypePair) -> None:
+@pytest.mark.parametrize("dtypes", FORMATS, ids=name_of)
+def test_bits_are_those_of_the_documented_order(place: Place, dtypes: Format) -> None:
     place.skip_unless_supported(dtypes)
-    sizes = (*SIZES, MORE_CHUNKS_THAN_LANES) if dtypes in DTYPE_PAIRS[:3] else SIZES
+    sizes = (*SIZES, MORE_CHUNKS_THAN_LANES) if dtypes in FORMATS[:3] else SIZES
     chunk = chunk_elements(compute_dtype(dtypes.param))
     expected, _ = sums_of_squares(sizes, dtypes.grad, chunk)
     grads = [draw(size, dtypes.grad, seed) for seed, size in enumerate(sizes)]
@@ -107,9 +107,9 @@ def exact_sum_of_squares(grads: Sequence[Tensor]) -> Fraction:
     return sum((Fraction(x) ** 2 for grad in grads for x in grad.double().tolist()), Fraction(0))
 
 
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=name_of)
+@pytest.mark.parametrize("dtypes", FORMATS, ids=name_of)
 @pytest.mark.parametrize("size", [1, 2049, 16385])
-def test_is_near_the_exact_sum(dtypes: DtypePair, size: int) -> None:
+def test_is_near_the_exact_sum(dtypes: Format, size: int) -> None:
     """A square, its way up two trees and along a lane, and the tensors' sum: all positive."""
     grads = [draw(size, dtypes.grad, seed) * 10.0**seed for seed in (-3, 0, 3)]
     compute = compute_dtype(dtypes.param)
@@ -162,7 +162,7 @@ def test_complex_gradients_are_pairs_of_reals(place: Place, dtype: torch.dtype) 
 
 
 def test_one_without_a_gradient_changes_nothing(place: Place) -> None:
-    dtypes = DTYPE_PAIRS[0]
+    dtypes = FORMATS[0]
     grads = [draw(size, torch.float32, size) for size in (2049, 0, 5, 16385)]
     with_gaps = [grads[0], None, grads[1], grads[2], None, grads[3]]
     params = [params_like(made, dtypes, place) for made in (grads, with_gaps)]
@@ -171,9 +171,7 @@ def test_one_without_a_gradient_changes_nothing(place: Place) -> None:
 
 
 def test_gradients_that_come_and_go_between_steady_steps(place: Place) -> None:
-    params = params_like(
-        [draw(3000, torch.float32, seed) for seed in range(4)], DTYPE_PAIRS[0], place
-    )
+    params = params_like([draw(3000, torch.float32, seed) for seed in range(4)], FORMATS[0], place)
     grads = [param.grad for param in params]
     optimizer = AdamAL(params, backend=place.backend, max_grad_norm=1.0)
     optimizer.step()
@@ -189,7 +187,7 @@ def test_gradients_that_come_and_go_between_steady_steps(place: Place) -> None:
 
 def test_kinds_of_tensors_are_added_in_one_order(place: Place) -> None:
     """Sorted, whatever comes first: after the large one, each of the small ones would be lost."""
-    pairs = sorted([*DTYPE_PAIRS[:3], DTYPE_PAIRS[6]], key=repr)
+    pairs = sorted([*FORMATS[:3], FORMATS[6]], key=repr)
     for dtypes in pairs:
         place.skip_unless_supported(dtypes)
     small = torch.tensor([1.8984375 * 2.0**-27], dtype=torch.float64)
@@ -223,7 +221,7 @@ def test_bits_do_not_hang_on_the_number_of_threads(dtype: torch.dtype) -> None:
     found = []
     for count in (1, 2, 3, 4):
         with threads(count):
-            found += norms_of(place, params_like(grads, DtypePair(dtype, dtype), place), steps=2)
+            found += norms_of(place, params_like(grads, Format(dtype, dtype), place), steps=2)
     assert len({norm.item() for norm in found}) == 1
 
 
@@ -231,9 +229,7 @@ def test_bits_do_not_hang_on_the_number_of_threads(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("at", [0, 2048, 2999])
 def test_what_is_not_finite_is_seen(place: Place, value: float, at: int) -> None:
     """In the first step, whose gradients are checked, and in the third, whose are not."""
-    params = params_like(
-        [draw(10, torch.float32), draw(3000, torch.float32)], DTYPE_PAIRS[0], place
-    )
+    params = params_like([draw(10, torch.float32), draw(3000, torch.float32)], FORMATS[0], place)
     optimizer = AdamAL(params, backend=place.backend, max_grad_norm=1.0)
     for spoiled in (True, False, False, True):
         grad = params[1].grad
@@ -252,8 +248,8 @@ def test_what_is_not_finite_is_seen(place: Place, value: float, at: int) -> None
 
 def test_float64_squares_overflow_to_infinity_and_float32_ones_do_not(place: Place) -> None:
     for dtypes, value, expected in (
-        (DTYPE_PAIRS[0], 2.0**127, 2.0**128),
-        (DTYPE_PAIRS[1], 2.0**600, math.inf),
+        (FORMATS[0], 2.0**127, 2.0**128),
+        (FORMATS[1], 2.0**600, math.inf),
     ):
         grads = [torch.full((4,), value, dtype=dtypes.grad)]
         norms = norms_of(place, params_like(grads, dtypes, place))
@@ -261,14 +257,14 @@ def test_float64_squares_overflow_to_infinity_and_float32_ones_do_not(place: Pla
 
 
 def test_of_no_elements_is_0(place: Place) -> None:
-    norms = norms_of(place, params_like([torch.empty(0), torch.zeros(9)], DTYPE_PAIRS[0], place))
-    norms += norms_of(place, params_like([torch.empty(0)], DTYPE_PAIRS[0], place))
-    norms += norms_of(place, params_like([None], DTYPE_PAIRS[0], place))
+    norms = norms_of(place, params_like([torch.empty(0), torch.zeros(9)], FORMATS[0], place))
+    norms += norms_of(place, params_like([torch.empty(0)], FORMATS[0], place))
+    norms += norms_of(place, params_like([None], FORMATS[0], place))
     assert [norm.item() for norm in norms] == [0] * len(norms)
 
 
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=name_of)
-def test_gradients_are_not_written(place: Place, dtypes: DtypePair) -> None:
+@pytest.mark.parametrize("dtypes", FORMATS, ids=name_of)
+def test_gradients_are_not_written(place: Place, dtypes: Format) -> None:
     place.skip_unless_supported(dtypes)
     grads = [draw(size, dtypes.grad, size) * 100 for size in (5, 2049, 16385)]
     params = params_like(grads, dtypes, place)

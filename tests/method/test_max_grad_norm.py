@@ -21,7 +21,7 @@ from adamal_kernels.backends import BACKENDS
 from adamal_kernels.core.bucket import Bucket, BucketKey, DeviceScalars
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.scalars import StepInputs, StepOptions
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import FORMATS, Format
 from adamal_kernels.step.stepper import Stepper
 from adamal_kernels.verify import different_values, same_bits
 
@@ -31,7 +31,7 @@ SHAPES = ((3, 5), (0,), (), (2, 3, 4, 5), (2100,))
 CLASSES = (AdamAL, AdamALW, Adam, AdamW)
 
 
-def make_params(place: Place, dtypes: DtypePair = DTYPE_PAIRS[0]) -> list[Tensor]:
+def make_params(place: Place, dtypes: Format = FORMATS[0]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     params = []
     for shape in SHAPES:
@@ -84,9 +84,9 @@ def test_it_is_torchs_clipping_and_a_plain_step(place: Place, cls: type, captura
 
 
 @pytest.mark.parametrize("max_norm", [1e-3, 0.7, 1e9])
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS[:2], ids=name_of)
+@pytest.mark.parametrize("dtypes", FORMATS[:2], ids=name_of)
 def test_gradients_are_multiplied_by_the_factor(
-    place: Place, dtypes: DtypePair, max_norm: float
+    place: Place, dtypes: Format, max_norm: float
 ) -> None:
     """By ``max_norm / (norm + 1e-6)``, rounded once; by nothing where that is 1 or more."""
     place.skip_unless_supported(dtypes)
@@ -107,9 +107,9 @@ def test_gradients_are_multiplied_by_the_factor(
 
 
 @pytest.mark.parametrize("exponent", [-3, 0, 5])
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=name_of)
+@pytest.mark.parametrize("dtypes", FORMATS, ids=name_of)
 def test_a_factor_that_is_a_power_of_two_is_exact(
-    place: Place, dtypes: DtypePair, exponent: int
+    place: Place, dtypes: Format, exponent: int
 ) -> None:
     place.skip_unless_supported(dtypes)
     ours, theirs = make_params(place, dtypes), make_params(place, dtypes)
@@ -162,7 +162,7 @@ def test_the_device_is_not_waited_for(name: str) -> None:
     made = [torch.empty(5000, device=device) for _ in range(4)]
     with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta"):
         made[0].sum().item()
-    key = BucketKey(device, DTYPE_PAIRS[0], SecondMoment.MONOTONE, device_scalars=True)
+    key = BucketKey(device, FORMATS[0], SecondMoment.MONOTONE, device_scalars=True)
     params, grads, *moments = ([tensor] for tensor in made)
     bucket = Bucket(key, params, grads, rows=[0])
     bucket.buffers |= zip(("exp_avg", "exp_avg_sq"), moments, strict=True)

@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import adamal_kernels
 from adamal_kernels import Box
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import FORMATS, Format
 from adamal_kernels.verify import different_values, same_bits
 
 Adam, AdamAL, AdamALW, AdamW = (
@@ -53,7 +53,7 @@ def draw(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return values.to(torch.get_default_device())
 
 
-def new_params(dtypes: DtypePair = DTYPE_PAIRS[0]) -> list[Tensor]:
+def new_params(dtypes: Format = FORMATS[0]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     params = []
     for shape in ((3, 4), (7,), (), (0,), (2050,)):
@@ -129,9 +129,9 @@ def test_it_follows_torch_under_autocast(
 
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("cls", [AdamAL, AdamALW])
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=name_of)
+@pytest.mark.parametrize("dtypes", FORMATS, ids=name_of)
 def test_it_is_the_plain_step_with_unscaled_gradients(
-    place: Place, dtypes: DtypePair, cls: type, capturable: bool
+    place: Place, dtypes: Format, cls: type, capturable: bool
 ) -> None:
     """To the bit, as scales are powers of two; 16-bit gradients of 32-bit parameters included."""
     place.skip_unless_supported(dtypes)

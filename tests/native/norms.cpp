@@ -69,8 +69,7 @@ void run_norm_cuda(OwnedBucket& bucket, Output& output) {
   std::vector<double> sums;
   dispatch(bucket.view, [&](auto key) {
     using Key = decltype(key);
-    run_norm<ComputeType<typename Key::Param>, typename Key::Grad, SmallNormParams>(bucket, &sums,
-                                                                                    random);
+    run_norm<typename Key::Compute, typename Key::Grad, SmallNormParams>(bucket, &sums, random);
   });
   output.array(sums);
 }

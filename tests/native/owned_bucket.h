@@ -98,14 +98,14 @@ struct OwnedBucket {
 
   OwnedBucket(Input& input, bool for_cpu) {
     seed = input.integer();
-    view.pair = static_cast<int>(input.integer());
+    view.format = static_cast<int>(input.integer());
     view.second_moment = static_cast<SecondMoment>(input.integer());
     view.scalar_count = input.integer();
     view.tensor_count = input.integer();
     scalars = input.array<StepScalars<double>>(view.scalar_count);
     for (int64_t i = 0; i < view.tensor_count; ++i) read_tensor(input);
 
-    const int64_t chunk = for_cpu ? kCpuChunk : cuda_chunk(view.pair);
+    const int64_t chunk = for_cpu ? kCpuChunk : cuda_chunk(view.format);
     for (uint32_t i = 0; i < tensors.size(); ++i) {
       for (int64_t j = 0; j * chunk < tensors[i].numel; ++j) {
         items.push_back({i, static_cast<uint32_t>(j)});
@@ -120,10 +120,10 @@ struct OwnedBucket {
   }
 
   void read_tensor(Input& input) {
-    const DtypePair pair = kDtypePairs[view.pair];
-    const size_t moment_size = pair.param == Dtype::float64 ? 8 : 4;
-    const size_t sizes[kStreamCount] = {size_of(pair.param), size_of(pair.grad), moment_size,
-                                        moment_size, moment_size};
+    const Format format = kFormats[view.format];
+    const size_t sizes[kStreamCount] = {size_of(format.param), size_of(format.grad),
+                                        size_of(format.exp_avg), size_of(format.exp_avg_sq),
+                                        size_of(format.exp_avg_sq)};
     const int64_t numel = input.integer();
     rows.push_back(static_cast<uint32_t>(input.integer()));
     const auto present = input.array<int64_t>(kStreamCount);

@@ -70,17 +70,18 @@ double row_sum(const std::vector<double>& terms) {
   return tree_sum(lanes, 0, kNormLanes);
 }
 
-template <typename Param>
+template <typename Types>
 void project_row_serially(const CoupledRows& rows, int64_t row, const TensorEntry& tensor,
-                          const StepScalars<ComputeType<Param>>& scalars) {
-  using T = ComputeType<Param>;
+                          const StepScalars<typename Types::Compute>& scalars) {
+  using Param = typename Types::Param;
+  using T = typename Types::Compute;
   const SetKind kind = rows.set.kind;
   auto* const param = static_cast<Param*>(tensor.param);
-  const auto* const v = static_cast<const T*>(tensor.divisor());
+  const auto* const v = static_cast<const typename Types::ExpAvgSq*>(tensor.divisor());
   std::vector<double> y(rows.length), d(rows.length), first(rows.length), second(rows.length);
   for (int64_t j = 0; j < rows.length; ++j) {
     y[j] = decode(param[rows.offset_of(row, j)]);
-    d[j] = metric_of(v[rows.offset_of(row, j)], scalars);
+    d[j] = metric_of(static_cast<T>(decode(v[rows.offset_of(row, j)])), scalars);
     first[j] = size_term(kind, y[j]);
   }
   double& multiplier = tensor.multipliers()[row];
@@ -104,13 +105,13 @@ void project_row_serially(const CoupledRows& rows, int64_t row, const TensorEntr
 // Projects what a step has stored.
 inline void project_serially(const Bucket& bucket) {
   dispatch(bucket, [&](auto key) {
-    using Param = typename decltype(key)::Param;
+    using Types = typename decltype(key)::Rows;
     for (int64_t i = 0; i < bucket.tensor_count; ++i) {
       if (bucket.grads[i] == nullptr || bucket.tensors[i].numel == 0) continue;
-      const StepScalars<ComputeType<Param>> scalars(bucket.scalars[bucket.rows[i]]);
+      const StepScalars<typename Types::Compute> scalars(bucket.scalars[bucket.rows[i]]);
       if (!projects(scalars)) continue;
       for (int64_t row = 0; row < bucket.sets[i].rows; ++row) {
-        project_row_serially<Param>(bucket.sets[i], row, bucket.tensors[i], scalars);
+        project_row_serially<Types>(bucket.sets[i], row, bucket.tensors[i], scalars);
       }
     }
   });

@@ -20,7 +20,7 @@ using namespace adamal::harness;
 int64_t run_project_cpu(OwnedBucket& bucket, const OwnedSets& sets) {
   std::mt19937_64 random(bucket.seed);
   ProjectedStep projected;
-  projected.bind(bucket.tensors, sets.sets, kDtypePairs[bucket.view.pair].param);
+  projected.bind(bucket.tensors, sets.sets, kFormats[bucket.view.format].compute());
   int64_t passes = 0;
   const auto for_shares = [&](const std::vector<int64_t>& cost_before,
                               const ProjectedStep::Body& body) {

@@ -62,7 +62,7 @@ bool run_kernel(const Kernel& kernel, int64_t blocks, std::mt19937_64& random) {
 template <typename Key>
 void run_all(OwnedBucket& bucket, const SetTables& sets, bool step_adds_sizes,
              std::mt19937_64& random) {
-  using T = ComputeType<typename Key::Param>;
+  using T = typename Key::Compute;
   const DeviceTables tables{bucket.tensors.data(), bucket.items.data(), nullptr, nullptr};
   const auto scalars = DeviceRows<T>::at(sets.scalars);
   const auto launch = [&](const auto& kernel, int64_t blocks) {
@@ -84,7 +84,7 @@ void run_all(OwnedBucket& bucket, const SetTables& sets, bool step_adds_sizes,
       sets.entries[piece.tensor].sums[piece.chunk] = {-1, -1};
     }
   }
-  project_bucket<typename Key::Param>(tables.tensors, sets, kPieceBlocks, step_adds_sizes, launch);
+  project_bucket<typename Key::Rows>(tables.tensors, sets, kPieceBlocks, step_adds_sizes, launch);
 }
 
 // The input goes on with each tensor's set and multipliers, whether the step adds sizes, and

@@ -17,7 +17,7 @@ void run_launch(const Params& params, int64_t block_count, std::mt19937_64& rand
   const auto copy = std::make_unique<Params>(params);
   for (const int64_t block : shuffled(block_count, random)) {
     for (const int thread : shuffled(kCudaBlockThreads, random)) {
-      step_block<Key::kSecondMoment, typename Key::Param, typename Key::Grad>(*copy, block, thread);
+      step_block<Key>(*copy, block, thread);
     }
   }
 }

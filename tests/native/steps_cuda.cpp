@@ -25,7 +25,7 @@ LaunchCounts run_step_cuda(OwnedBucket& bucket) {
   LaunchCounts counts;
   const bool known = dispatch(bucket.view, [&](auto key) {
     using Key = decltype(key);
-    using T = ComputeType<typename Key::Param>;
+    using T = typename Key::Compute;
     using Small = SmallLaunchParams<T>;
     LaunchSplitter<T> splitter(bucket.view, bucket.tensors.data(), bucket.items.data());
     const auto params = std::make_unique<LargeLaunchParams<T>>();
@@ -39,7 +39,7 @@ LaunchCounts run_step_cuda(OwnedBucket& bucket) {
       }
     }
   });
-  if (!known) fail("no such pair or second moment");
+  if (!known) fail(kNoKernel);
   return counts;
 }
 

@@ -20,7 +20,7 @@ using namespace adamal::harness;
 // The first kernel of a step on the device, then the second: random threads and blocks of each.
 template <typename Key, typename Derive, typename Launch>
 void run_on_device(OwnedBucket& bucket, std::mt19937_64& random) {
-  using T = ComputeType<typename Key::Param>;
+  using T = typename Key::Compute;
   // Exactly as many bytes as the plan would allocate, so that a write past them traps.
   const auto memory = std::make_unique<double[]>(
       (DeviceRows<T>::bytes(bucket.view.tensor_count) + sizeof(double) - 1) / sizeof(double));
@@ -49,7 +49,7 @@ void run_step_on_device(OwnedBucket& bucket, Input& input, Output& output) {
   bucket.view.device = &device.view;
   dispatch(bucket.view, [&](auto key) {
     using Key = decltype(key);
-    using T = ComputeType<typename Key::Param>;
+    using T = typename Key::Compute;
     if (is_small) {
       run_on_device<Key, SmallDeriveParams<T>, SmallDeviceLaunchParams<T>>(bucket, random);
     } else {

@@ -50,9 +50,11 @@ void write_capacity(Output& output) {
 
 void write_info(Output& output) {
   output.integer(kCpuChunk);
-  for (int i = 0; i < kDtypePairCount; ++i) {
-    output.integer(static_cast<int64_t>(kDtypePairs[i].param));
-    output.integer(static_cast<int64_t>(kDtypePairs[i].grad));
+  for (int i = 0; i < kFormatCount; ++i) {
+    const Format format = kFormats[i];
+    for (const Dtype type : {format.param, format.grad, format.exp_avg, format.exp_avg_sq}) {
+      output.integer(static_cast<int64_t>(type));
+    }
     output.integer(cuda_chunk(i));
   }
   write_capacity<SmallLaunchParams<float>>(output);

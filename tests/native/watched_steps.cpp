@@ -21,15 +21,14 @@ using namespace adamal::harness;
 // Threads of a block in random order, all of which read its record before one writes it.
 template <typename Key, typename Params>
 void run_watched_launch(const Params& params, int64_t block_count, std::mt19937_64& random) {
-  using T = ComputeType<typename Key::Param>;
+  using T = typename Key::Compute;
   const auto copy = std::make_unique<Params>(params);
   for (const int64_t block : shuffled(block_count, random)) {
     ItemRecord* const record = copy->record_of(block);
     if (record == nullptr) continue;
     auto seen = Seen<T>::nothing();
     for (const int thread : shuffled(kCudaBlockThreads, random)) {
-      seen.add(watched_thread<Key::kSecondMoment, typename Key::Param, typename Key::Grad>(
-          *copy, block, thread, record));
+      seen.add(watched_thread<Key>(*copy, block, thread, record));
     }
     record_block(*copy, block, seen, record);
   }
@@ -40,7 +39,7 @@ void run_watched_cuda(OwnedBucket& bucket) {
   std::mt19937_64 random(bucket.seed);
   dispatch(bucket.view, [&](auto key) {
     using Key = decltype(key);
-    using T = ComputeType<typename Key::Param>;
+    using T = typename Key::Compute;
     using Small = SmallRecordedParams<T>;
     LaunchSplitter<T> splitter(bucket.view, bucket.tensors.data(), bucket.items.data());
     const auto params = std::make_unique<LargeRecordedParams<T>>();
@@ -62,7 +61,7 @@ void run_watched_on_device(OwnedBucket& bucket) {
   std::mt19937_64 random(bucket.seed);
   dispatch(bucket.view, [&](auto key) {
     using Key = decltype(key);
-    using T = ComputeType<typename Key::Param>;
+    using T = typename Key::Compute;
     const auto memory = std::make_unique<double[]>(
         (DeviceRows<T>::bytes(bucket.view.tensor_count) + sizeof(double) - 1) / sizeof(double));
     const auto scalars = DeviceRows<T>::at(memory.get());

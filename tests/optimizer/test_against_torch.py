@@ -13,7 +13,7 @@ from torch import Tensor
 
 import adamal_kernels
 from adamal_kernels.core.buffers import SecondMoment
-from adamal_kernels.core.storage import DtypePair
+from adamal_kernels.core.storage import Format
 
 STEPS = 10
 SHAPES = ((), (1,), (0,), (7,), (3, 5), (2, 3, 4, 5), (4099,))
@@ -33,7 +33,7 @@ def grad_of(step: int, index: int, param: Tensor) -> Tensor:
 def skip_unless_supported(place: Place, dtype: torch.dtype, *, amsgrad: bool) -> None:
     real = dtype.to_real() if dtype.is_complex else dtype
     second_moment = SecondMoment.AMSGRAD if amsgrad else SecondMoment.PLAIN
-    place.skip_unless_supported(DtypePair(real, real), second_moment)
+    place.skip_unless_supported(Format(real, real), second_moment)
 
 
 def assert_agree(
@@ -163,7 +163,7 @@ def test_layouts(place: Place, param_layout: str, grad_layout: str) -> None:
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 def test_sixteen_bit_parameters(place: Place, name: str, dtype: torch.dtype) -> None:
     """One step equals torch's in float32, rounded to the type: torch's moments are 16-bit ones."""
-    place.skip_unless_supported(DtypePair(dtype, dtype), SecondMoment.PLAIN)
+    place.skip_unless_supported(Format(dtype, dtype), SecondMoment.PLAIN)
     ours = draw((999,), torch.float32, 1).to(place.device, dtype)
     theirs = ours.float()
     ours.grad = draw((999,), torch.float32, 2).to(place.device, dtype)
@@ -177,7 +177,7 @@ def test_sixteen_bit_parameters(place: Place, name: str, dtype: torch.dtype) -> 
 def test_training_follows_torch(place: Place) -> None:
     """Gradients of the optimizer's own making: a small network, both optimizers in turn."""
     inputs, targets = draw((64, 6), torch.float64, 1), draw((64, 2), torch.float64, 2)
-    place.skip_unless_supported(DtypePair(torch.float64, torch.float64), SecondMoment.PLAIN)
+    place.skip_unless_supported(Format(torch.float64, torch.float64), SecondMoment.PLAIN)
     losses = []
     for make in (
         lambda params: adamal_kernels.Adam(params, lr=0.01, backend=place.backend),

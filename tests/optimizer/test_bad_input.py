@@ -18,7 +18,7 @@ from adamal_kernels import Adam, AdamAL, AdamALW, Box, NonNegative
 from adamal_kernels.backends import BACKENDS, FUSED, check_request, pick
 from adamal_kernels.core.bucket import BucketKey
 from adamal_kernels.core.buffers import SecondMoment
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import FORMATS, Format
 from adamal_kernels.verify import same_bits
 
 BIG = 10**400  # a number, and beyond every float
@@ -364,7 +364,7 @@ def test_a_named_backend_that_cannot_run_says_why(name: str) -> None:
 
 
 def test_pick_names_the_pair_that_a_backend_leaves_out() -> None:
-    dtypes = DtypePair(torch.float64, torch.float16)
+    dtypes = Format(torch.float64, torch.float16)
     key = BucketKey(torch.device("cpu"), dtypes, SecondMoment.PLAIN)
     with pytest.raises(RuntimeError, match=r"backend='reference'.*float64.*float16"):
         pick(key, backend="reference")
@@ -656,7 +656,7 @@ def test_state_on_other_devices(place: Place, kind: str) -> None:
 
 def test_maximum_on_another_device(place: Place) -> None:
     param = nn.Parameter(torch.ones(2, device=place.device))
-    place.skip_unless_supported(DTYPE_PAIRS[0], SecondMoment.AMSGRAD)
+    place.skip_unless_supported(FORMATS[0], SecondMoment.AMSGRAD)
     optimizer = Adam([param], amsgrad=True, backend=place.backend)
     param.grad = torch.ones_like(param)
     optimizer.step()

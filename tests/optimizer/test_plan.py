@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adamal_kernels import Adam, AdamAL, Box
 from adamal_kernels.build_info import load_extension
 from adamal_kernels.core.buffers import BUFFERS, SecondMoment
-from adamal_kernels.core.storage import DTYPE_PAIRS, DtypePair
+from adamal_kernels.core.storage import FORMATS, Format
 from adamal_kernels.verify import different_values, same_bits
 
 SHAPE = (2, 3, 4, 5)
@@ -45,7 +45,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def with_dtypes(param: Tensor, dtypes: DtypePair) -> Tensor:
+def with_dtypes(param: Tensor, dtypes: Format) -> Tensor:
     param.requires_grad_()
     if dtypes.grad != dtypes.param:
         param.grad_dtype = dtypes.grad
@@ -54,7 +54,7 @@ def with_dtypes(param: Tensor, dtypes: DtypePair) -> Tensor:
 
 def stepped(
     place: Place,
-    dtypes: DtypePair,
+    dtypes: Format,
     param_layout: Callable[[Tensor], Tensor],
     grad_layout: Callable[[Tensor], Tensor],
     cls: type = AdamAL,
@@ -71,9 +71,9 @@ def stepped(
     return {"param": param.detach(), **optimizer.state[param]}
 
 
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=name_of)
+@pytest.mark.parametrize("dtypes", FORMATS, ids=name_of)
 @pytest.mark.parametrize("param_layout", LAYOUTS)
-def test_layouts_change_no_bit(place: Place, param_layout: str, dtypes: DtypePair) -> None:
+def test_layouts_change_no_bit(place: Place, param_layout: str, dtypes: Format) -> None:
     place.skip_unless_supported(dtypes)
     expected = stepped(place, dtypes, LAYOUTS["contiguous"], LAYOUTS["contiguous"])
     wrong = {}
@@ -86,7 +86,7 @@ def test_layouts_change_no_bit(place: Place, param_layout: str, dtypes: DtypePai
 
 @pytest.mark.parametrize("side", ["param", "grad"])
 def test_negative_bit(place: Place, side: str) -> None:
-    dtypes = DTYPE_PAIRS[0]
+    dtypes = FORMATS[0]
     layouts = {"param": LAYOUTS["contiguous"], "grad": LAYOUTS["contiguous"]}
     expected = stepped(place, dtypes, *layouts.values())
     layouts[side] = negated
@@ -96,7 +96,7 @@ def test_negative_bit(place: Place, side: str) -> None:
 
 def test_expanded_gradient(place: Place) -> None:
     """As the backward of sum() makes them: one element, with strides of zero."""
-    dtypes = DTYPE_PAIRS[0]
+    dtypes = FORMATS[0]
     expected = stepped(place, dtypes, lambda x: x, lambda x: torch.full_like(x, 0.25))
     found = stepped(place, dtypes, lambda x: x, lambda x: x.new_tensor(0.25).expand(x.shape))
     assert different_values([found], [expected]) == []
@@ -106,7 +106,7 @@ def test_expanded_gradient(place: Place) -> None:
 @pytest.mark.parametrize("cls", [AdamAL, Adam])
 def test_complex_parameters_are_pairs_of_reals(place: Place, cls: type, dtype: torch.dtype) -> None:
     real = dtype.to_real()
-    place.skip_unless_supported(DtypePair(real, real), SecondMoment.PLAIN)
+    place.skip_unless_supported(Format(real, real), SecondMoment.PLAIN)
     values = [draw(seed, dtype) for seed in range(4)]
     as_complex = values[0].to(place.device, copy=True).requires_grad_()
     as_real = torch.view_as_real(values[0]).to(place.device, copy=True).requires_grad_()
@@ -127,8 +127,8 @@ def test_complex_parameters_are_pairs_of_reals(place: Place, cls: type, dtype: t
         assert same_bits(torch.view_as_real(found[name]), expected[name])
 
 
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=name_of)
-def test_state(place: Place, dtypes: DtypePair) -> None:
+@pytest.mark.parametrize("dtypes", FORMATS, ids=name_of)
+def test_state(place: Place, dtypes: Format) -> None:
     """torch.optim.Adam's keys; moments in the compute type, laid out as the parameter."""
     place.skip_unless_supported(dtypes, SecondMoment.AMSGRAD)
     param = with_dtypes(LAYOUTS["transposed"](draw(1, dtypes.param)).to(place.device), dtypes)
@@ -147,7 +147,7 @@ def test_state(place: Place, dtypes: DtypePair) -> None:
 
 def test_all_types_in_one_group(place: Place) -> None:
     """They step as each does alone."""
-    pairs = [pair for pair in DTYPE_PAIRS if pair.param != torch.float64]
+    pairs = [pair for pair in FORMATS if pair.param != torch.float64]
     together = [with_dtypes(draw(1, p.param, (37,)).to(place.device), p) for p in pairs]
     alone = [with_dtypes(draw(1, p.param, (37,)).to(place.device), p) for p in pairs]
     optimizers = [AdamAL([p], backend=place.backend) for p in alone]
@@ -195,8 +195,8 @@ def test_counts_are_each_parameters_own(place: Place) -> None:
     assert same_bits(seldom, alone)
 
 
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=name_of)
-def test_gradients_are_only_read(place: Place, dtypes: DtypePair) -> None:
+@pytest.mark.parametrize("dtypes", FORMATS, ids=name_of)
+def test_gradients_are_only_read(place: Place, dtypes: Format) -> None:
     place.skip_unless_supported(dtypes)
     param = with_dtypes(draw(1, dtypes.param).to(place.device), dtypes)
     options: dict[str, Any] = {"maximize": True, "weight_decay": 0.5, "backend": place.backend}
@@ -213,7 +213,7 @@ def test_gradients_are_only_read(place: Place, dtypes: DtypePair) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_model_cast_while_training(place: Place, dtype: torch.dtype) -> None:
     """The moments go along, by value, to the new parameters' compute type."""
-    place.skip_unless_supported(DtypePair(dtype, dtype))
+    place.skip_unless_supported(Format(dtype, dtype))
     model = nn.Linear(3, 2).to(place.device)
     optimizer = AdamAL(model.parameters(), lr=0.01, backend=place.backend)
 
@@ -440,5 +440,9 @@ def test_amsgrad_switched_on_while_training(place: Place) -> None:
 
 def test_state_tensors_are_the_same_in_cpp() -> None:
     """``ADAMAL_BUFFERS`` lists what ``BUFFERS`` does, in its order: entries are bound by it."""
-    expected = [(buffer.key, buffer.shape, buffer.needs) for buffer in BUFFERS]
-    assert load_extension("_C").buffers == expected
+    types = {"format.exp_avg": "exp_avg", "format.exp_avg_sq": "exp_avg_sq"}
+    types["Dtype::float64"] = torch.float64
+    listed = load_extension("_C").buffers
+    assert [(*words, types[type]) for *words, type in listed] == [
+        (buffer.key, buffer.shape, buffer.needs, buffer.stored_as) for buffer in BUFFERS
+    ]

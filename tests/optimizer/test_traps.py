@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from adamal_kernels import Adam, AdamAL
-from adamal_kernels.core.storage import DtypePair
+from adamal_kernels.core.storage import Format
 from adamal_kernels.verify import same_bits
 
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1}
@@ -308,7 +308,7 @@ class TestScenario:
 
     def test_follows_torchs_adam(self, place: Place, scenario: Scenario) -> None:
         dtype = torch.float64
-        place.skip_unless_supported(DtypePair(dtype, dtype))
+        place.skip_unless_supported(Format(dtype, dtype))
         ours = self.run(scenario, place, dtype, Adam, backend=place.backend)
         theirs = self.run(scenario, place, dtype, torch.optim.Adam, foreach=False)
         torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))

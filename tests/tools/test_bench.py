@@ -197,7 +197,7 @@ def test_nothing_is_timed_of_a_backend_whose_parity_is_red(
 
     def step(bucket: Bucket) -> None:
         rightly(bucket)
-        if bucket.key.dtypes.param == torch.bfloat16:
+        if bucket.key.format.param == torch.bfloat16:
             max(bucket.buffers["exp_avg"], key=Tensor.numel).view(torch.int32).view(-1)[0] ^= 1
 
     monkeypatch.setattr(foreach, "step", step, raising=False)

@@ -23,7 +23,7 @@ from adamal_kernels import __main__, backends, command_line
 from adamal_kernels.backends import BACKENDS
 from adamal_kernels.core.bucket import Bucket
 from adamal_kernels.core.buffers import SecondMoment
-from adamal_kernels.core.storage import DTYPE_PAIRS
+from adamal_kernels.core.storage import FORMATS
 from adamal_kernels.verify import parity as verify
 from adamal_kernels.verify.cases import QUICK_STEPS, Case, cases, quick_cases
 
@@ -315,7 +315,7 @@ def test_what_a_backend_raises_is_a_mismatch_and_the_rest_is_checked(
     rightly = BACKENDS["foreach"].step
 
     def step(bucket: Bucket) -> None:
-        if bucket.key.dtypes == FEW[0].dtypes:
+        if bucket.key.format == FEW[0].dtypes:
             raise RuntimeError("planted [error]")
         rightly(bucket)
 
@@ -497,10 +497,10 @@ def test_ctrl_c_elsewhere_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch) -
 def test_quick_covers_every_pair_second_moment_and_variant() -> None:
     quick = list(quick_cases())
     assert {(case.dtypes, case.second_moment) for case in quick} == {
-        (dtypes, second_moment) for dtypes in DTYPE_PAIRS for second_moment in SecondMoment
+        (dtypes, second_moment) for dtypes in FORMATS for second_moment in SecondMoment
     }
     assert {case.variant for case in quick} == {case.variant for case in cases()}
-    assert len(quick) == len(DTYPE_PAIRS) * len(SecondMoment)
+    assert len(quick) == len(FORMATS) * len(SecondMoment)
 
 
 def test_quick_on_the_cpu_backend(tmp_path: Path) -> None:

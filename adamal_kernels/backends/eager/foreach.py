@@ -12,7 +12,7 @@ from ...core.bucket import Bucket
 from ...core.buffers import SecondMoment
 from ...core.rounding import rounded_sqrt
 from ...core.scalars import StepScalars, derive_step_scalars
-from ...core.storage import compute_dtype
+from ...core.storage import load, store_all
 from ..base import EagerBackend
 from .foreach_cpu import step_in_pieces
 from .scalars import device_rows
@@ -33,7 +33,7 @@ class ForeachBackend(EagerBackend):
 
     def step(self, bucket: Bucket) -> None:
         """See :class:`adamal_kernels.backends.Backend`."""
-        dtype = compute_dtype(bucket.key.dtypes.param)
+        dtype = bucket.key.format.compute
         source = bucket.device_scalars
         if source is None:
             table = torch.tensor(bucket.scalars, dtype=dtype, device="cpu").tolist()
@@ -60,7 +60,8 @@ class ForeachBackend(EagerBackend):
         before = [tensor.clone() for tensor in bucket.divisors] if bucket.records else []
         self._step_unless(skip, bucket, rows, known)
         if bucket.records:
-            record_steps(bucket.records, before, bucket.divisors, rows, skip)
+            compute = bucket.key.format.compute
+            record_steps(bucket.records, before, bucket.divisors, rows, compute, skip)
 
     def _step_unless(
         self,
@@ -88,11 +89,12 @@ class ForeachBackend(EagerBackend):
         if self._steps_in_pieces(bucket):
             step_in_pieces(bucket)
             return
-        dtype = compute_dtype(bucket.key.dtypes.param)
-        grads = torch._foreach_mul(
-            [grad.to(dtype) for grad in bucket.grads], [row.grad_factor for row in rows]
+        dtype = bucket.key.format.compute
+        grads, params, exp_avgs, *second_moments = (
+            [load(tensor, dtype) for tensor in tensors]
+            for tensors in (bucket.grads, bucket.params, *bucket.elementwise_buffers)
         )
-        params = [param.to(dtype) for param in bucket.params]
+        grads = list(torch._foreach_mul(grads, [row.grad_factor for row in rows]))
         decayed = [i for i, row in enumerate(known) if row.coupled_decay != 0]
         if decayed:
             terms = torch._foreach_mul(
@@ -101,13 +103,12 @@ class ForeachBackend(EagerBackend):
             torch._foreach_add_([grads[i] for i in decayed], terms)
         params = list(torch._foreach_mul(params, [row.decay_factor for row in rows]))
 
-        exp_avgs = bucket.buffers["exp_avg"]
         steps = torch._foreach_sub(grads, exp_avgs)
         torch._foreach_mul_(steps, [row.one_minus_beta1 for row in rows])
         torch._foreach_add_(exp_avgs, steps)
 
-        denominators = self._second_moments(bucket, grads, rows)
-        denominators = [rounded_sqrt(v) for v in denominators]
+        self._update(bucket.key.second_moment, second_moments, grads, rows)
+        denominators = [rounded_sqrt(v) for v in second_moments[-1]]
         # By tensors: eager CUDA divides by a number by multiplying by its reciprocal.
         divisors = [row.bias2_sqrt for row in rows]
         if bucket.device_scalars is None:
@@ -131,23 +132,26 @@ class ForeachBackend(EagerBackend):
                 )
                 p = params[i]
                 params[i] = torch.where(p < lower, lower, torch.where(p > upper, upper, p))
-        torch._foreach_copy_(bucket.params, params)
+        targets = [bucket.params, *bucket.elementwise_buffers]
+        for stored, values in zip(targets, (params, exp_avgs, *second_moments), strict=True):
+            store_all(stored, values)
 
     @staticmethod
     def _steps_in_pieces(bucket: Bucket) -> bool:
         return bucket.key.device.type == "cpu" and bucket.device_scalars is None
 
     @staticmethod
-    def _second_moments(
-        bucket: Bucket, grads: Sequence[Tensor], rows: Sequence[StepScalars]
-    ) -> Sequence[Tensor]:
-        """Update the second moments in place; return those the denominator is made of."""
-        exp_avg_sqs, max_exp_avg_sqs = (
-            bucket.buffers[key] for key in ("exp_avg_sq", "max_exp_avg_sq")
-        )
+    def _update(
+        second_moment: SecondMoment,
+        held: Sequence[list[Tensor]],
+        grads: Sequence[Tensor],
+        rows: Sequence[StepScalars],
+    ) -> None:
+        """Update the second moments and, if there are any, their maxima in place."""
+        exp_avg_sqs, *maxima = held
         squares = torch._foreach_mul(grads, grads)
         one_minus_beta2 = [row.one_minus_beta2 for row in rows]
-        if bucket.key.second_moment is SecondMoment.MONOTONE:
+        if second_moment is SecondMoment.MONOTONE:
             grown = torch._foreach_sub(squares, exp_avg_sqs)
             torch._foreach_mul_(grown, one_minus_beta2)
             torch._foreach_add_(grown, exp_avg_sqs)
@@ -159,14 +163,9 @@ class ForeachBackend(EagerBackend):
             moved = list(torch._foreach_mul(exp_avg_sqs, [row.beta2 for row in rows]))
             torch._foreach_add_(moved, torch._foreach_mul(squares, one_minus_beta2))
         torch._foreach_copy_(exp_avg_sqs, moved)
-        if bucket.key.second_moment is not SecondMoment.AMSGRAD:
-            return moved
-        maxima = [
-            torch.where(v > largest, v, largest)
-            for v, largest in zip(moved, max_exp_avg_sqs, strict=True)
-        ]
-        torch._foreach_copy_(max_exp_avg_sqs, maxima)
-        return maxima
+        for largest in maxima:
+            larger = [torch.where(v > w, v, w) for v, w in zip(moved, largest, strict=True)]
+            torch._foreach_copy_(largest, larger)
 
 
 def _is_bounded(known: StepScalars) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...core.bucket import Bucket
 from ...core.buffers import SecondMoment
 from ...core.scalars import StepScalars
-from ...core.storage import compute_dtype
+from ...core.storage import store_all
 
 __all__ = ["step_in_pieces"]
 
@@ -38,7 +38,7 @@ def step_in_pieces(bucket: Bucket) -> None:
     Beyond the tensors it needs seven pieces of memory, which the bucket's workspace keeps; a piece
     has 65 536 elements a thread.
     """
-    dtype = compute_dtype(bucket.key.dtypes.param)
+    dtype = bucket.key.format.compute
     table = torch.tensor(bucket.scalars, dtype=dtype, device="cpu")
     known = [StepScalars(*row) for row in table.tolist()]
     size = _PER_THREAD * torch.get_num_threads()
@@ -57,7 +57,7 @@ def step_in_pieces(bucket: Bucket) -> None:
             _step(values, scalars, known[row], bucket.key.second_moment, memory)
             for index, (parts, value) in enumerate(zip(columns, values, strict=True)):
                 if value is not parts[0] and _PARAM + index != _GRAD:
-                    torch._foreach_copy_(parts, value.split(numels))
+                    store_all(parts, value.split(numels))
 
 
 def _pieces(bucket: Bucket, size: int) -> Iterator[tuple[int, list[list[Tensor]]]]:

@@ -9,7 +9,7 @@ from ...core.bucket import Bucket
 from ...core.buffers import SecondMoment
 from ...core.rounding import rounded_sqrt
 from ...core.scalars import StepScalars
-from ...core.storage import compute_dtype
+from ...core.storage import load, store
 from ..base import EagerBackend
 from .scalars import device_rows
 from .sets import project_bucket
@@ -25,7 +25,7 @@ class ReferenceBackend(EagerBackend):
 
     def step(self, bucket: Bucket) -> None:
         """See :class:`adamal_kernels.backends.Backend`."""
-        dtype = compute_dtype(bucket.key.dtypes.param)
+        dtype = bucket.key.format.compute
         if bucket.device_scalars is not None:
             rows, skip = device_rows(bucket.device_scalars, bucket.rows, dtype, bucket.key.device)
         else:
@@ -34,45 +34,40 @@ class ReferenceBackend(EagerBackend):
             table_rows = [StepScalars(*row.unbind()) for row in table.unbind()]
             rows, skip = [table_rows[row] for row in bucket.rows], None
         before = [tensor.detach().clone() for tensor in bucket.divisors] if bucket.records else []
-        maxima = bucket.buffers["max_exp_avg_sq"] or [None] * len(bucket.params)
-        for param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, row in zip(
-            bucket.params,
-            bucket.grads,
-            bucket.buffers["exp_avg"],
-            bucket.buffers["exp_avg_sq"],
-            maxima,
-            rows,
-            strict=True,
+        for grad, row, *stored in zip(
+            bucket.grads, rows, bucket.params, *bucket.elementwise_buffers, strict=True
         ):
-            targets = [exp_avg, exp_avg_sq, max_exp_avg_sq, param]
-            if torch.is_grad_enabled():
-                # Autograd keeps what the formula reads, and does without what is changed since.
-                param, exp_avg, exp_avg_sq = (t.clone() for t in (param, exp_avg, exp_avg_sq))
+            # Autograd keeps what the formula reads, and does without what is changed since.
+            read = [t.clone() for t in stored] if torch.is_grad_enabled() else stored
             values = _step_tensor(
-                param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, row, bucket.key.second_moment
+                load(grad, dtype),
+                *(load(tensor, dtype) for tensor in read),
+                s=row,
+                second_moment=bucket.key.second_moment,
             )
-            for target, value in zip(targets, values, strict=True):
-                if target is not None and value is not None:
-                    target.copy_(value if skip is None else torch.where(skip, target, value))
+            for target, value in zip(stored, values, strict=True):
+                store(target, value if skip is None else torch.where(skip, target, value))
         if bucket.records:
-            record_steps(bucket.records, before, bucket.divisors, rows, skip)
+            record_steps(bucket.records, before, bucket.divisors, rows, dtype, skip)
         if bucket.key.coupled:
             project_bucket(bucket, rows, skip)
 
 
 def _step_tensor(
-    param: Tensor,
     grad: Tensor,
+    param: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
+    max_exp_avg_sq: Tensor | None = None,
+    *,
     s: StepScalars,
     second_moment: SecondMoment,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return the new moments, maximum and parameter; ``s`` are tensors."""
-    dtype = compute_dtype(param.dtype)
-    g = grad.to(dtype) * s.grad_factor
-    p = param.to(dtype)
+) -> list[Tensor]:
+    """Return the new parameter, moments and, if there is one, maximum.
+
+    All tensors are of the compute type, ``s`` too.
+    """
+    g, p = grad * s.grad_factor, param
     # Left out rather than added as 0 * p: that would be NaN where p is infinite.
     g = torch.where(s.coupled_decay != 0, g + s.coupled_decay * p, g)
     p = p * s.decay_factor
@@ -86,13 +81,13 @@ def _step_tensor(
     else:
         # As a sum: accurate where v falls far, which the difference is not if beta2 is small.
         v = s.beta2 * exp_avg_sq + s.one_minus_beta2 * g2
-    maximum = None
+    second_moments = [v]
     if max_exp_avg_sq is not None:
-        maximum = torch.where(v > max_exp_avg_sq, v, max_exp_avg_sq)
+        second_moments.append(torch.where(v > max_exp_avg_sq, v, max_exp_avg_sq))
 
-    d = rounded_sqrt(v if maximum is None else maximum) / s.bias2_sqrt + s.eps
+    d = rounded_sqrt(second_moments[-1]) / s.bias2_sqrt + s.eps
     # Gradient and moments all zero with eps=0: the paper divides 0 by 0, the parameter stays.
     quotient = torch.where((m == 0) & (d == 0), 0.0, m / d)
     p = p - s.step_size * quotient
     p = torch.where(p < s.lower, s.lower, torch.where(p > s.upper, s.upper, p))
-    return m, v, maximum, p
+    return [p, m, *second_moments]

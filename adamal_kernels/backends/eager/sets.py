@@ -18,6 +18,7 @@ from ...core.norm import chunk_elements, row_sums
 from ...core.rounding import rounded_sqrt
 from ...core.rows import CoupledRows
 from ...core.scalars import StepScalars
+from ...core.storage import load
 from ...projections import L1Ball, L2Ball, Simplex
 
 __all__ = ["project", "project_bucket", "project_rows"]
@@ -37,10 +38,11 @@ def project_bucket(
 ) -> None:
     """Project what a backend has stepped; ``scalars`` and ``skip`` are as in :func:`project`."""
     multipliers = bucket.buffers["multiplier"]
+    compute = bucket.key.format.compute
     for tensors in zip(
         bucket.params, bucket.divisors, multipliers, bucket.sets, scalars, strict=True
     ):
-        project(*tensors, skip=skip)
+        project(*tensors, compute=compute, skip=skip)
 
 
 def project(
@@ -50,6 +52,7 @@ def project(
     rows: CoupledRows,
     scalars: StepScalars,
     *,
+    compute: torch.dtype,
     skip: Tensor | None = None,
     reduce: Reduce | None = None,
 ) -> None:
@@ -58,10 +61,11 @@ def project(
     Args:
         param: dense, as ``rows`` describes it; changed in place.
         denominator_sq: what the step's denominator is made of: ``exp_avg_sq``, or its maximum
-            with amsgrad. The compute type, laid out as ``param``.
+            with amsgrad, as it is stored, laid out as ``param``.
         multiplier: float64, an element a row; changed in place.
         rows: the set.
         scalars: the step's: 0-dimensional tensors of the compute type, on the device.
+        compute: the compute type; it fixes the order of sums.
         skip: whether nothing is to be done after all: a boolean 0-dimensional tensor.
         reduce: as in :func:`project_rows`.
 
@@ -75,16 +79,21 @@ def project(
         )
     stored, v = _rows_of(param, rows), _rows_of(denominator_sq, rows)
     last = _flat(multiplier)
-    metric = rounded_sqrt(v) / scalars.bias2_sqrt + scalars.eps
+    metric = rounded_sqrt(load(v, compute)) / scalars.bias2_sqrt + scalars.eps
     stands = scalars.step_size == 0
     if skip is not None:
         stands = stands | skip
     values, multipliers = project_rows(
-        stored.to(v.dtype).double(), metric.double(), last, rows, chunk_elements(v.dtype), reduce
+        load(stored, compute).double(),
+        metric.double(),
+        last,
+        rows,
+        chunk_elements(compute),
+        reduce,
     )
     sizes, strides = zip(*rows.kept, *rows.reduced, strict=True)
     target = param.as_strided(sizes, strides)
-    found = torch.where(stands, stored, values.to(v.dtype).to(param.dtype))
+    found = torch.where(stands, stored, values.to(compute).to(param.dtype))
     target.copy_(found.view(sizes))
     _flat(multiplier).copy_(torch.where(stands, last, multipliers))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...core.rounding import rounded_sqrt
 from ...core.scalars import StepScalars, as_float64
 from ...core.stats import COUNTS, Record, unpacked
+from ...core.storage import load
 
 __all__ = ["record_steps"]
 
@@ -21,22 +22,24 @@ def record_steps(
     before: Sequence[Tensor],
     after: Sequence[Tensor],
     rows: Sequence[StepScalars],
+    compute: torch.dtype,
     skip: Tensor | None,
 ) -> None:
     """Record what steps by eager operators came to.
 
     Args:
         records: of each tensor one or, where it has no elements, none.
-        before: what each tensor's denominator was made of in the last step.
-        after: what it is made of now.
+        before: what each tensor's denominator was made of in the last step, as it was stored.
+        after: what it is made of now, as it is stored.
         rows: each tensor's scalars, numbers or tensors.
+        compute: the type that steps compute in.
         skip: a boolean of the device: whether the step was skipped, and nothing is recorded.
     """
     for record, old, new, row in zip(records, before, after, rows, strict=True):
         if old.numel() == 0:
             continue
         last = Record(*(word[0] for word in unpacked(record)))
-        words = _recorded(last, old.detach(), new.detach(), row)
+        words = _recorded(last, load(old.detach(), compute), load(new.detach(), compute), row)
         fresh = torch.cat(
             [
                 torch.stack(words[:COUNTS]),

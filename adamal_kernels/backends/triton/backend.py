@@ -9,7 +9,7 @@ import torch
 
 from ...build_info import load_extension
 from ...core.bucket import BucketKey
-from ...core.storage import DTYPE_PAIRS
+from ...core.storage import FORMATS
 from ..planned import PlannedBackend, why_not_importable
 from .plan import PythonPlan
 
@@ -33,9 +33,9 @@ class TritonBackend(PlannedBackend):
 
     def unsupported(self, key: BucketKey) -> str | None:
         """See :class:`adamal_kernels.backends.Backend`."""
-        if key.dtypes not in DTYPE_PAIRS:
-            return f"{key.dtypes} is not in DTYPE_PAIRS"
-        interpreted_bfloat16 = key.device.type == "cpu" and torch.bfloat16 in key.dtypes
+        if key.format not in FORMATS:
+            return f"{key.format} is not in FORMATS"
+        interpreted_bfloat16 = key.device.type == "cpu" and torch.bfloat16 in key.format
         if interpreted_bfloat16 and not _kernels().casts_bfloat16_correctly():
             return (
                 "the interpreter of this Triton truncates bfloat16 where hardware rounds; "
@@ -61,7 +61,7 @@ class TritonBackend(PlannedBackend):
             return PythonPlan(key, block, launcher)
         extension = load_extension("_C")
         return extension.triton_plan(
-            DTYPE_PAIRS.index(key.dtypes), int(key.second_moment), key.device, block, launcher
+            FORMATS.index(key.format), int(key.second_moment), key.device, block, launcher
         )
 
 

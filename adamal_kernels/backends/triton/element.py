@@ -18,7 +18,6 @@ from triton.runtime.interpreter import InterpretedFunction
 from ...core.bucket import BucketKey
 from ...core.buffers import SecondMoment
 from ...core.scalars import StepScalars
-from ...core.storage import compute_dtype
 from .tables import TENSOR_WORDS
 
 __all__ = [
@@ -31,10 +30,12 @@ __all__ = [
     "elements",
     "interpreted",
     "launch_options",
+    "load",
     "multiply",
     "sqrt",
     "step_item",
     "step_kernel",
+    "store",
     "target",
 ]
 
@@ -82,9 +83,10 @@ def constants(key: BucketKey, target: GPUTarget | None, *, aligned: bool) -> dic
     ``aligned`` promises, unchecked, that every tensor starts at a multiple of 16 bytes.
     """
     return {
-        "PARAM": DTYPES[key.dtypes.param],
-        "GRAD": DTYPES[key.dtypes.grad],
-        "COMPUTE": DTYPES[compute_dtype(key.dtypes.param)],
+        "PARAM": DTYPES[key.format.param],
+        "GRAD": DTYPES[key.format.grad],
+        "EXP_AVG": DTYPES[key.format.exp_avg],
+        "EXP_AVG_SQ": DTYPES[key.format.exp_avg_sq],
         "SECOND_MOMENT": key.second_moment.value,
         "ALIGNED": aligned,
         "DEVICE_SCALARS": key.device_scalars,
@@ -225,31 +227,46 @@ def _update_block(
 ):
     """Step one block: pointers to its elements, and the mask of those that exist (None: all).
 
-    Return what the denominator was made of in the last step, and what it is made of now.
+    Return what the denominator was made of in the last step, and what it is made of now, both as
+    they are stored.
     """
-    COMPUTE: tl.constexpr = exp_avg.dtype.element_ty
-    VECTOR: tl.constexpr = _VECTOR_BYTES // (COMPUTE.primitive_bitwidth // 8)
-    g = tl.load(grad, mask).to(COMPUTE)
-    p = tl.load(param, mask).to(COMPUTE)
-    m = tl.load(exp_avg, mask)
-    v = tl.load(exp_avg_sq, mask)
-    v_max = tl.load(max_exp_avg_sq, mask) if SECOND_MOMENT == _AMSGRAD else v
+    COMPUTE: tl.constexpr = scalars.dtype.element_ty
+    STORED: tl.constexpr = exp_avg_sq.dtype.element_ty
+    VECTOR: tl.constexpr = _VECTOR_BYTES // (STORED.primitive_bitwidth // 8)
+    g = load(grad, mask, COMPUTE)
+    p = load(param, mask, COMPUTE)
+    m = load(exp_avg, mask, COMPUTE)
+    v = load(exp_avg_sq, mask, COMPUTE)
+    v_max = load(max_exp_avg_sq, mask, COMPUTE) if SECOND_MOMENT == _AMSGRAD else v
     before = v_max
 
     p, m, v, v_max, grown = _element(g, p, m, v, v_max, scalars, SECOND_MOMENT, PACKS)
 
-    tl.store(param, p.to(param.dtype.element_ty), mask)
-    tl.store(exp_avg, m, mask)
+    store(param, p, mask)
+    store(exp_avg, m, mask)
     grown = _any_of_vector(grown, VECTOR)
     if mask is not None:
         grown = grown & mask
     if SECOND_MOMENT == _MONOTONE:
-        tl.store(exp_avg_sq, v, grown)
+        store(exp_avg_sq, v, grown)
     else:
-        tl.store(exp_avg_sq, v, mask)
+        store(exp_avg_sq, v, mask)
         if SECOND_MOMENT == _AMSGRAD:
-            tl.store(max_exp_avg_sq, v_max, grown)
-    return before, v_max if SECOND_MOMENT == _AMSGRAD else v
+            store(max_exp_avg_sq, v_max, grown)
+    after = v_max if SECOND_MOMENT == _AMSGRAD else v
+    return before, after.to(STORED).to(COMPUTE)
+
+
+@triton.jit
+def load(pointers, mask, COMPUTE: tl.constexpr, other=None):
+    """Return what is stored as numbers to compute with."""
+    return tl.load(pointers, mask, other=other).to(COMPUTE)
+
+
+@triton.jit
+def store(pointers, values, mask):
+    """Store what was computed, rounded to nearest even, if at all."""
+    tl.store(pointers, values.to(pointers.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -270,7 +287,8 @@ def step_kernel(
     scalars,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
     SECOND_MOMENT: tl.constexpr,
     ALIGNED: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
@@ -291,7 +309,8 @@ def step_kernel(
         scalars,
         PARAM,
         GRAD,
-        COMPUTE,
+        EXP_AVG,
+        EXP_AVG_SQ,
         SECOND_MOMENT,
         ALIGNED,
         DEVICE_SCALARS,
@@ -307,7 +326,8 @@ def step_item(
     scalars,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
     SECOND_MOMENT: tl.constexpr,
     ALIGNED: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
@@ -323,9 +343,9 @@ def step_item(
     start = tl.load(item + 1).to(tl.int64) * _BLOCK
     tensor = tensors + _TENSOR_WORDS * index
     param = elements(tl.load(tensor), start, PARAM, ALIGNED)
-    exp_avg = elements(tl.load(tensor + _EXP_AVG), start, COMPUTE, ALIGNED)
-    exp_avg_sq = elements(tl.load(tensor + _EXP_AVG_SQ), start, COMPUTE, ALIGNED)
-    max_exp_avg_sq = elements(tl.load(tensor + _MAX_EXP_AVG_SQ), start, COMPUTE, ALIGNED)
+    exp_avg = elements(tl.load(tensor + _EXP_AVG), start, EXP_AVG, ALIGNED)
+    exp_avg_sq = elements(tl.load(tensor + _EXP_AVG_SQ), start, EXP_AVG_SQ, ALIGNED)
+    max_exp_avg_sq = elements(tl.load(tensor + _MAX_EXP_AVG_SQ), start, EXP_AVG_SQ, ALIGNED)
     grad_address = tl.load(inputs + 2 * index)
     # Without a gradient no element remains, which costs no branch: the mask below is false.
     remaining = tl.where(grad_address == 0, 0, tl.load(tensor + _NUMEL) - start)

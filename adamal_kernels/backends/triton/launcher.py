@@ -19,7 +19,6 @@ from triton.runtime.jit import JITFunction
 
 from ...core.bucket import BucketKey
 from ...core.scalars import StepScalars
-from ...core.storage import compute_dtype
 from . import element
 from . import norm as triton_norm
 from . import scalars as triton_scalars
@@ -110,7 +109,7 @@ class Launcher:
         """
         projection = None
         if self._key.coupled:
-            made = projection_tables(sets, compute_dtype(self._key.dtypes.param))
+            made = projection_tables(sets, self._key.format.compute)
             projection = made.map(self._host)
         addresses = None
         if records:
@@ -197,7 +196,7 @@ class Launcher:
         tables.step = None  # for as long as this may fail
         buffer = torch.empty(size, dtype=torch.uint8, device=self._key.device)
         inputs = buffer[:split].view(torch.int64)
-        compute = compute_dtype(self._key.dtypes.param)
+        compute = self._key.format.compute
         step = _Staged(buffer, [])
         if self._key.device_scalars:
             source = buffer[split:].view(torch.int64)
@@ -248,7 +247,7 @@ class Launcher:
             constants = triton_norm.constants(self._key, aligned=promise)
             kernel = triton_norm.item_sums_kernel
             norm.launches.append(self._prepare(kernel, len(items), tensors, constants))
-        levels = {"CHUNK_LEVELS": triton_norm.chunk_levels(compute_dtype(self._key.dtypes.param))}
+        levels = {"CHUNK_LEVELS": triton_norm.chunk_levels(self._key.format.compute)}
         tensors = (entries, first_items, item_sums, tensor_sums)
         norm.launches += [
             self._prepare(triton_norm.tensor_sums_kernel, count, tensors, levels),

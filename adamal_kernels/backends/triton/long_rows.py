@@ -18,7 +18,6 @@ import triton.language as tl
 
 from ...core.bucket import BucketKey
 from ...core.norm import LANES, chunk_elements
-from ...core.storage import compute_dtype
 from . import rows as triton_rows
 from .rows import Tile, add_neighbours, apply, open_rows, part_sizes, part_terms, search, set_of
 from .sets import FOUND, LEFT_ALONE, SEARCHING, begin_search, continue_search
@@ -39,7 +38,7 @@ _LONG_ROW_WORDS = tl.constexpr(3)
 
 def constants(key: BucketKey) -> dict[str, object]:
     """Return the compile-time arguments of the kernels here."""
-    chunk = chunk_elements(compute_dtype(key.dtypes.param))
+    chunk = chunk_elements(key.format.compute)
     made = triton_rows.constants(key, Tile(1, chunk, LANES))
     return {**{name: made[name] for name in list(made)[:4]}, "CHUNK": chunk}
 
@@ -53,7 +52,7 @@ def _open(
     long_rows,
     number,
     PARAM: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
     SECOND_MOMENT: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
 ):
@@ -67,7 +66,7 @@ def _open(
         tl.load(long_row),
         tl.load(long_row + 1) + tl.arange(0, 1),
         PARAM,
-        COMPUTE,
+        EXP_AVG_SQ,
         SECOND_MOMENT,
         DEVICE_SCALARS,
     )
@@ -97,7 +96,7 @@ def size_kernel(
     long_items,
     firsts,
     PARAM: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
     SECOND_MOMENT: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -113,7 +112,7 @@ def size_kernel(
         long_rows,
         number,
         PARAM,
-        COMPUTE,
+        EXP_AVG_SQ,
         SECOND_MOMENT,
         DEVICE_SCALARS,
     )
@@ -133,7 +132,7 @@ def begin_kernel(
     scales,
     firsts,
     PARAM: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
     SECOND_MOMENT: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -149,7 +148,7 @@ def begin_kernel(
         long_rows,
         number,
         PARAM,
-        COMPUTE,
+        EXP_AVG_SQ,
         SECOND_MOMENT,
         DEVICE_SCALARS,
     )
@@ -177,7 +176,7 @@ def evaluate_kernel(
     firsts,
     seconds,
     PARAM: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
     SECOND_MOMENT: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -194,7 +193,7 @@ def evaluate_kernel(
             long_rows,
             number,
             PARAM,
-            COMPUTE,
+            EXP_AVG_SQ,
             SECOND_MOMENT,
             DEVICE_SCALARS,
         )
@@ -216,7 +215,7 @@ def continue_kernel(
     firsts,
     seconds,
     PARAM: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
     SECOND_MOMENT: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -233,7 +232,7 @@ def continue_kernel(
             long_rows,
             number,
             PARAM,
-            COMPUTE,
+            EXP_AVG_SQ,
             SECOND_MOMENT,
             DEVICE_SCALARS,
         )
@@ -262,7 +261,7 @@ def finish_kernel(
     states,
     scales,
     PARAM: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
     SECOND_MOMENT: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -279,7 +278,7 @@ def finish_kernel(
             long_rows,
             number,
             PARAM,
-            COMPUTE,
+            EXP_AVG_SQ,
             SECOND_MOMENT,
             DEVICE_SCALARS,
         )
@@ -311,7 +310,7 @@ def apply_kernel(
     states,
     scales,
     PARAM: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
     SECOND_MOMENT: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -328,7 +327,7 @@ def apply_kernel(
             long_rows,
             number,
             PARAM,
-            COMPUTE,
+            EXP_AVG_SQ,
             SECOND_MOMENT,
             DEVICE_SCALARS,
         )

@@ -11,7 +11,6 @@ import triton.language as tl
 
 from ...core.bucket import BucketKey
 from ...core.norm import LANES, chunk_elements
-from ...core.storage import compute_dtype
 from .element import BLOCK, DTYPES, elements
 from .tables import TENSOR_WORDS
 
@@ -39,8 +38,8 @@ def constants(key: BucketKey, *, aligned: bool) -> dict[str, object]:
     ``aligned`` promises, unchecked, that every gradient starts at a multiple of 16 bytes.
     """
     return {
-        "GRAD": DTYPES[key.dtypes.grad],
-        "COMPUTE": DTYPES[compute_dtype(key.dtypes.param)],
+        "GRAD": DTYPES[key.format.grad],
+        "COMPUTE": DTYPES[key.format.compute],
         "ALIGNED": aligned,
     }
 

@@ -14,7 +14,6 @@ from ...core.bucket import BucketKey
 from ...core.buffers import BUFFERS
 from ...core.rows import CoupledRows
 from ...core.scalars import StepOptions, StepScalars
-from ...core.storage import compute_dtype
 from .tables import OptionEntry, ScalarSource, TensorEntry, set_table, tensor_table
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ class PythonPlan:
         if not any(entry.numel for entry in entries):
             return
         table = torch.frombuffer(scalars, dtype=torch.float64).view(-1, len(StepScalars._fields))
-        self._launch(grads, rows, table.to(compute_dtype(self._key.dtypes.param)))
+        self._launch(grads, rows, table.to(self._key.format.compute))
 
     def step_on_device(
         self,

@@ -24,8 +24,7 @@ from ...core.buffers import SecondMoment
 from ...core.norm import chunk_elements
 from ...core.rows import MOST_RUNS
 from ...core.scalars import StepScalars
-from ...core.storage import compute_dtype
-from .element import DTYPES, ROWS_HEADER, divide, sqrt
+from .element import DTYPES, ROWS_HEADER, divide, load, sqrt, store
 from .sets import (
     FOUND,
     LEAST_METRIC,
@@ -87,8 +86,8 @@ TILES = {32: Tile(32, 32, 1), 256: Tile(4, 256, 1), 16384: Tile(1, 1024, 16)}
 def constants(key: BucketKey, tile: Tile) -> dict[str, object]:
     """Return the compile-time arguments of :func:`project_kernel`, for rows of one of ``TILES``."""
     return {
-        "PARAM": DTYPES[key.dtypes.param],
-        "COMPUTE": DTYPES[compute_dtype(key.dtypes.param)],
+        "PARAM": DTYPES[key.format.param],
+        "EXP_AVG_SQ": DTYPES[key.format.exp_avg_sq],
         "SECOND_MOMENT": key.second_moment.value,
         "DEVICE_SCALARS": key.device_scalars,
         "ROWS": tile.rows,
@@ -123,7 +122,7 @@ def open_rows(
     index,
     rows,
     PARAM: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
     SECOND_MOMENT: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
 ):
@@ -139,7 +138,7 @@ def open_rows(
     tensor = tensors + _TENSOR_WORDS * index
     param = tl.load(tensor).to(tl.pointer_type(PARAM))
     squares = tl.load(tensor + (_MAX_EXP_AVG_SQ if SECOND_MOMENT == _AMSGRAD else _EXP_AVG_SQ))
-    squares = squares.to(tl.pointer_type(COMPUTE))
+    squares = squares.to(tl.pointer_type(EXP_AVG_SQ))
     multipliers = tl.load(tensor + _MULTIPLIER).to(tl.pointer_type(tl.float64)) + rows
     entry = sets + _SET_WORDS * index
     bias2_sqrt = tl.load(step + 4)
@@ -169,9 +168,9 @@ def _places(entry, rows, start, WIDTH: tl.constexpr):
 def _stored(view, offsets, mask):
     """Return what the step stored, and the metric there."""
     _, param, squares, _, _, bias2_sqrt, eps = view
-    COMPUTE: tl.constexpr = squares.dtype.element_ty
-    y = tl.load(param + offsets, mask, other=0.0).to(COMPUTE).to(tl.float64)
-    root = sqrt(tl.load(squares + offsets, mask, other=0.0))
+    COMPUTE: tl.constexpr = eps.dtype
+    y = load(param + offsets, mask, COMPUTE, other=0.0).to(tl.float64)
+    root = sqrt(load(squares + offsets, mask, COMPUTE, other=0.0))
     d = (divide(root, bias2_sqrt) + eps).to(tl.float64)
     return y, tl.where(d < LEAST_METRIC, LEAST_METRIC, d)
 
@@ -265,13 +264,12 @@ def search(
 @triton.jit
 def apply(view, start, multiplier, scale, state, WIDTH: tl.constexpr):
     """Project ``WIDTH`` elements of those rows that were found a multiplier."""
-    kind, param, squares, entry, rows, _, _ = view
+    kind, param, _, entry, rows, _, eps = view
     offsets, mask = _places(entry, rows, start, WIDTH)
     mask = mask & (state == FOUND)[:, None]
     y, d = _stored(view, offsets, mask)
     x = projected(kind, y, d, multiplier[:, None], scale[:, None])
-    x = x.to(squares.dtype.element_ty).to(param.dtype.element_ty)
-    tl.store(param + offsets, x, mask)
+    store(param + offsets, x.to(eps.dtype), mask)
 
 
 @triton.jit
@@ -282,7 +280,7 @@ def project_kernel(
     scalars,
     items,
     PARAM: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
     SECOND_MOMENT: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -305,7 +303,7 @@ def project_kernel(
         index,
         rows,
         PARAM,
-        COMPUTE,
+        EXP_AVG_SQ,
         SECOND_MOMENT,
         DEVICE_SCALARS,
     )

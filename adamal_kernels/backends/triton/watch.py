@@ -44,7 +44,8 @@ def watched_step_kernel(
     records,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
     SECOND_MOMENT: tl.constexpr,
     ALIGNED: tl.constexpr,
     DEVICE_SCALARS: tl.constexpr,
@@ -62,12 +63,14 @@ def watched_step_kernel(
         scalars,
         PARAM,
         GRAD,
-        COMPUTE,
+        EXP_AVG,
+        EXP_AVG_SQ,
         SECOND_MOMENT,
         ALIGNED,
         DEVICE_SCALARS,
         PACKS,
     )
+    COMPUTE: tl.constexpr = scalars.dtype.element_ty
     if count > 0:
         item = items + 2 * tl.program_id(0)
         record = tl.load(records + tl.load(item)).to(tl.pointer_type(tl.int64))
