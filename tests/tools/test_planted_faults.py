@@ -132,6 +132,22 @@ BLOCKS = "csrc/cuda/projection_blocks.h"
 
 # Name -> the fault, and what catches it without sanitizers.
 NATIVE_FAULTS: dict[str, tuple[Fault, Check]] = {
+    "the maximum is stored as the second moment": (
+        Fault(
+            "csrc/formula/storage.h",
+            "encode<typename Key::ExpAvgSq>(e.max_exp_avg_sq)",
+            "encode<typename Key::ExpAvgSq>(e.exp_avg_sq)",
+        ),
+        formula,
+    ),
+    "a format's gradient is of the parameter's type": (
+        Fault(
+            "csrc/formula/dtypes.h",
+            "X(6, float32, bfloat16, float32, float32)",
+            "X(6, float32, float16, float32, float32)",
+        ),
+        formula,
+    ),
     "a bound of a row's size has no room for rounding": (
         Fault("csrc/cpu/set_loops.h", "kShare = 0x1p-10", "kShare = 0"),
         bounds,
@@ -348,6 +364,39 @@ BEYOND_THE_END = Fault(WALK, "if (i + kWidth <= chunk.count)", "if (i < chunk.co
 
 # Name -> the fault, and the test that catches it.
 PYTHON_FAULTS: dict[str, tuple[Fault, str]] = {
+    "what is stored is rounded before the step is computed": (
+        Fault(
+            "adamal_kernels/backends/eager/foreach.py",
+            "denominators = [rounded_sqrt(v) for v in second_moments[-1]]",
+            "denominators = [rounded_sqrt(v.to(w.dtype).to(v.dtype)) for v, w in "
+            "zip(second_moments[-1], bucket.divisors)]",
+        ),
+        "kernels/test_formats.py::test_steps_compute_wide_and_store_narrow",
+    ),
+    "records are of what was stored before": (
+        Fault(
+            "adamal_kernels/backends/eager/reference.py",
+            "record_steps(bucket.records, before, bucket.divisors,",
+            "record_steps(bucket.records, before, before,",
+        ),
+        "kernels/test_formats.py::test_records_are_of_what_is_stored",
+    ),
+    "the first moment is held in the second one's type": (
+        Fault(
+            "adamal_kernels/core/buffers.py",
+            'Buffer("exp_avg", stored_as="exp_avg")',
+            'Buffer("exp_avg")',
+        ),
+        "optimizer/test_plan.py::test_state_tensors_are_the_same_in_cpp",
+    ),
+    "an arrow between folders points up": (
+        Fault(
+            "adamal_kernels/core/rounding.py",
+            '    if value.device.type != "cpu":',
+            '    from ..step import options  # noqa\n    if value.device.type != "cpu":',
+        ),
+        "tools/test_package_floors.py::test_python_imports_go_downwards",
+    ),
     "no bias correction": (
         Fault(
             "adamal_kernels/core/scalars.py",
@@ -550,8 +599,8 @@ TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
     "m is stored beyond the tail": (
         Fault(
             "adamal_kernels/backends/triton/element.py",
-            "tl.store(exp_avg, m, mask)",
-            "tl.store(exp_avg, m)",
+            " store(exp_avg, m, mask)",
+            " store(exp_avg, m, None)",
         ),
         "kernels/test_triton_interpreter.py::test_sizes[17]",
     ),
@@ -562,8 +611,8 @@ TRITON_FAULTS: dict[str, tuple[Fault, str]] = {
     "v is stored where it did not grow": (
         Fault(
             "adamal_kernels/backends/triton/element.py",
-            "tl.store(exp_avg_sq, v, grown)",
-            "tl.store(exp_avg_sq, v, mask)",
+            " store(exp_avg_sq, v, grown)",
+            " store(exp_avg_sq, v, mask)",
         ),
         "kernels/test_triton_compile.py::test_sm_90[float32-float32-monotone]",
     ),
