@@ -9,18 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.bucket import BucketKey
 from ..core.buffers import REQUIRED_KEYS, check_value, held_buffers
 from ..core.layout import has_memory, overlapping_pair
 from ..core.rows import coupled_rows
 from ..core.scalars import StepInputs
-from ..core.storage import FORMATS, Format, real_dtype
+from ..core.storage import FORMATS, real_dtype
 from .entry import (
     Entry,
     bounds_of,
     coupled_set,
-    derives_on_device,
-    is_coupled_here,
+    key_of,
     key_without_grad,
     pick_backend,
 )
@@ -33,7 +31,6 @@ from .sharded import (
     has_own_placements,
     is_sharded,
     local_part,
-    mesh_and_placements,
 )
 from .state import is_count, is_shared, named_tensors, state_of
 
@@ -176,6 +173,7 @@ def check_entry(
             f"the gradient of {where} is on {grad.device}, the parameter on {param.device}; "
             "move one of them"
         )
+    key = key_of(param, grad.dtype, options, state.get(param), inputs)
     owner, param, grad = param, local_part(param), gradient_part(grad)
     for tensor, what in ((param, where), (grad, f"the gradient of {where}")):
         if not has_memory(tensor):
@@ -183,9 +181,8 @@ def check_entry(
                 f"the storage of {what} holds {tensor.untyped_storage().nbytes()} bytes, too few "
                 "for its elements; it has been freed or resized"
             )
-    format = Format(real_dtype(param.dtype), real_dtype(grad.dtype))
-    if format not in FORMATS or param.is_complex() != grad.is_complex():
-        taken = [known.grad for known in FORMATS if known.param == format.param]
+    if key.format not in FORMATS or param.is_complex() != grad.is_complex():
+        taken = [known.grad for known in FORMATS if known.param == key.format.param]
         if param.is_complex():
             taken = [param.dtype]
         remedy = (
@@ -197,17 +194,7 @@ def check_entry(
             f"the gradient of {where} has type {grad.dtype} for a parameter of {param.dtype}; "
             f"{remedy}"
         )
-    on_device = derives_on_device(param, options, state.get(param), inputs)
-    spread = mesh_and_placements(owner)
-    key = BucketKey(
-        param.device,
-        format,
-        options.second_moment,
-        on_device,
-        spread,
-        is_coupled_here(owner, options),
-    )
-    bounds = bounds_of(options, format.param)
+    bounds = bounds_of(options, key.format.param)
     backend = pick_backend(key, options)
     return Entry(owner, param, grad, is_misplaced, options, bounds, key, backend, where)
 

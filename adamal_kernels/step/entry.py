@@ -21,9 +21,8 @@ __all__ = [
     "Entry",
     "bounds_of",
     "coupled_set",
-    "derives_on_device",
-    "is_coupled_here",
     "is_frozen",
+    "key_of",
     "key_without_grad",
     "pick_backend",
 ]
@@ -74,24 +73,37 @@ def key_without_grad(
     inputs: StepInputs | None = None,
 ) -> BucketKey:
     """Return the key of a parameter whose gradient is not there to be asked for its type."""
-    dtype = real_dtype(param.dtype)
     # torch tells it of leaves only; others are stepped with differentiable=True.
-    grad_dtype = real_dtype((param.is_leaf and param.grad_dtype) or param.dtype)
+    grad_dtype = (param.is_leaf and param.grad_dtype) or param.dtype
+    return key_of(param, grad_dtype, options, held, inputs or StepInputs())
+
+
+def key_of(
+    param: Tensor,
+    grad_dtype: torch.dtype,
+    options: GroupOptions,
+    held: Mapping[str, Any] | None,
+    inputs: StepInputs,
+) -> BucketKey:
+    """Return the key of a parameter with a gradient of ``grad_dtype`` and the state ``held``."""
     part = local_part(param)
-    on_device = derives_on_device(part, options, held, inputs or StepInputs())
-    format = Format(dtype, grad_dtype)
-    spread = mesh_and_placements(param)
-    coupled = is_coupled_here(param, options)
-    return BucketKey(part.device, format, options.second_moment, on_device, spread, coupled)
+    return BucketKey(
+        part.device,
+        Format(real_dtype(param.dtype), real_dtype(grad_dtype)),
+        options.second_moment,
+        device_scalars=_derives_on_device(part, options, held, inputs),
+        spread=mesh_and_placements(param),
+        coupled=_is_coupled_here(param, options),
+    )
 
 
-def is_coupled_here(param: Tensor, options: GroupOptions) -> bool:
+def _is_coupled_here(param: Tensor, options: GroupOptions) -> bool:
     """Whether the set couples elements, and no row of it is spread over processes."""
     coupled = coupled_set(options)
     return coupled is not None and not splits_rows(param, coupled.reduced_dims(param.dim()))
 
 
-def derives_on_device(
+def _derives_on_device(
     param: Tensor, options: GroupOptions, held: Mapping[str, Any] | None, inputs: StepInputs
 ) -> bool:
     """Whether the step's scalars are the device's to derive: where the host would have to wait."""
