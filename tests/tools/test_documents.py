@@ -201,6 +201,33 @@ def test_commands_name_what_is_there(page: Path) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def missing_paths(text: str) -> list[str]:
+    """Return the paths in a page's code that are not in the repository."""
+    named = re.findall(r"`((?:adamal_kernels|csrc|tests|benchmarks|docs|examples)/[\w./-]+)`", text)
+    return [path for path in named if not (ROOT / path).exists()]
+
+
+@BY_PAGE
+def test_paths_are_there(page: Path) -> None:
+    assert missing_paths(page.read_text()) == []
+
+
+def test_a_path_that_is_not_there_is_noticed() -> None:
+    assert missing_paths("`csrc/formula/element.h`, `csrc/element.h`") == ["csrc/element.h"]
+
+
+def test_the_tree_of_the_architecture_names_every_folder() -> None:
+    tree = blocks((ROOT / "docs/architecture.md").read_text())[0]
+    named = set(re.findall(r"(\w+)/", "\n".join(tree.lines)))
+    folders = {
+        path.name
+        for top in ("adamal_kernels", "csrc")
+        for path in (ROOT / top).rglob("*")
+        if path.is_dir() and any(path.glob("*.[phc]*")) and not path.name.startswith(("_", "."))
+    }
+    assert folders <= named
+
+
 @pytest.mark.parametrize(
     "command",
     [
