@@ -47,7 +47,7 @@ std::vector<bool> have_state(const std::vector<std::optional<Membership>>& membe
 
 double number_of(const std::optional<at::Tensor>& tensor) { return tensor->item<double>(); }
 
-// The twin of hyperparameters.StepInputs.factor_on_host.
+// The twin of scalars.StepInputs.factor_on_host.
 GradientFactor factor_on_host(const SteadyState::Inputs& inputs) {
   StepInputs found{nullptr, nullptr, nullptr, inputs.max_grad_norm};
   float grad_scale, found_inf;

@@ -51,7 +51,7 @@ class SteadyState {
   // of its parameters' items; empty where steps are not watched.
   bool bind(const pybind11::handle& state, const std::vector<std::vector<at::Tensor>>& records);
 
-  // What the caller knows of the gradients; the twin of hyperparameters.StepInputs.
+  // What the caller knows of the gradients; the twin of scalars.StepInputs.
   struct Inputs {
     std::optional<at::Tensor> grad_scale;
     std::optional<at::Tensor> found_inf;

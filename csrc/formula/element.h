@@ -122,7 +122,7 @@ struct StepOptions {
   bool bias_correction;
 };
 
-// beta**exponent in a fixed order of products; the twin of hyperparameters.beta_power.
+// beta**exponent in a fixed order of products; the twin of scalars.beta_power.
 ADAMAL_HD inline double beta_power(double beta, int64_t exponent) {
   double result = 1.0;
   double square = beta;
@@ -134,7 +134,7 @@ ADAMAL_HD inline double beta_power(double beta, int64_t exponent) {
   return result;
 }
 
-// The twin of hyperparameters.derive_step_scalars.
+// The twin of scalars.derive_step_scalars.
 ADAMAL_HD inline StepScalars<double> derive_step_scalars(int64_t step, const StepOptions& options,
                                                          double grad_factor) {
   using std::sqrt;
@@ -159,7 +159,7 @@ ADAMAL_HD inline StepScalars<double> derive_step_scalars(int64_t step, const Ste
 }
 
 // What a step learns of its gradients before it takes them; null where there is nothing to learn.
-// The twin of hyperparameters.StepInputs.
+// The twin of scalars.StepInputs.
 struct StepInputs {
   const float* grad_scale;
   const float* found_inf;
@@ -172,7 +172,7 @@ struct GradientFactor {
   bool skip;
 };
 
-// The twin of hyperparameters.gradient_factor.
+// The twin of scalars.gradient_factor.
 ADAMAL_HD inline GradientFactor gradient_factor(const StepInputs& inputs) {
   GradientFactor found{1.0, false};
   if (inputs.grad_scale != nullptr) found.factor = 1.0 / double(*inputs.grad_scale);
