@@ -16,7 +16,7 @@ from adamal_kernels.backends.eager.sets import project, project_rows
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.rows import coupled_rows
 from adamal_kernels.core.scalars import StepScalars
-from adamal_kernels.core.storage import FORMATS, compute_dtype
+from adamal_kernels.core.storage import FORMATS
 from helpers.device_kernels import expected_case
 from helpers.native_harness import DeviceCase, Harness, SetCase, StepCase, TensorCase
 from helpers.native_walk import differing, expected_tensor, make_scalars, make_tensor
@@ -131,9 +131,10 @@ def projected(case: StepCase, tensor: TensorCase, each: SetCase) -> tuple[Tensor
     moment = stepped.exp_avg_sq if stepped.max_exp_avg_sq is None else stepped.max_exp_avg_sq
     param = as_tensor(stepped.param, dtypes.param)
     multipliers = torch.from_numpy(each.multipliers.copy())
-    real = compute_dtype(dtypes.param)
-    scalars = StepScalars(*(torch.tensor(s, dtype=real) for s in case.scalars[tensor.row]))
-    project(param, torch.from_numpy(moment), multipliers, each.rows, scalars)
+    compute = dtypes.compute
+    scalars = StepScalars(*(torch.tensor(s, dtype=compute) for s in case.scalars[tensor.row]))
+    moment = torch.from_numpy(moment)
+    project(param, moment, multipliers, each.rows, scalars, compute=compute)
     return replace(stepped, param=as_array(param)), multipliers.numpy()
 
 
@@ -155,7 +156,7 @@ def check_projected(
             for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
                 if getattr(tensor, name) is None:
                     continue
-                dtype = dtypes.param if name == "param" else compute_dtype(dtypes.param)
+                dtype = dtypes.param if name == "param" else dtypes.compute
                 ours, theirs = getattr(result.tensors[i], name), getattr(expected, name)
                 wrong = differing(ours, theirs, dtype)
                 assert wrong.size == 0, (

@@ -12,7 +12,7 @@ from adamal_kernels.backends.eager.watch import record_steps
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.scalars import StepScalars
 from adamal_kernels.core.stats import WORDS, Record, unpacked
-from adamal_kernels.core.storage import FORMATS, compute_dtype
+from adamal_kernels.core.storage import FORMATS
 from helpers.native_harness import Array, Command, Harness, StepCase, TensorCase
 from helpers.native_walk import check, expected_tensor, make_scalars, make_tensor
 
@@ -46,10 +46,11 @@ def denominators(case: StepCase, tensor: TensorCase) -> torch.Tensor:
 def expected_records(case: StepCase, before: torch.Tensor, tensor: TensorCase) -> torch.Tensor:
     """The one record of all of a tensor after its step."""
     expected = expected_tensor(case, tensor)
-    (row,) = rounded([case.scalars[tensor.row]], compute_dtype(FORMATS[case.format].param))
+    compute = FORMATS[case.format].compute
+    (row,) = rounded([case.scalars[tensor.row]], compute)
     record = before.clone()
     old, new = denominators(case, tensor), denominators(case, expected)
-    record_steps([record], [old], [new], [row], None)
+    record_steps([record], [old], [new], [row], compute, None)
     return record
 
 
