@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from adamal_kernels.backends import BACKENDS
 from adamal_kernels.core.bucket import BucketKey
 from adamal_kernels.core.buffers import SecondMoment
-from adamal_kernels.core.storage import Format
+from adamal_kernels.core.storage import FORMATS, Format
 from adamal_kernels.step.sharded import local_part
 from adamal_kernels.verify import devices, same_bits
 
@@ -28,6 +28,7 @@ class Place(NamedTuple):
         self, dtypes: Format, second_moment: SecondMoment = SecondMoment.MONOTONE
     ) -> None:
         """Skip the test where the backend leaves out this kind of bucket, and say why."""
+        assert dtypes in FORMATS, "no backend supports it: the test would never run"
         key = BucketKey(self.device, dtypes, second_moment)
         if reason := BACKENDS[self.backend].unsupported(key):
             pytest.skip(f"{self.backend}: {reason}")

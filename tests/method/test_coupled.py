@@ -19,7 +19,7 @@ from adamal_kernels.backends.eager import sets as coupled
 from adamal_kernels.backends.eager.sets import project_rows
 from adamal_kernels.core.norm import chunk_elements
 from adamal_kernels.core.rows import coupled_rows, inside_tolerance, multiplier_strides
-from adamal_kernels.core.storage import compute_dtype
+from adamal_kernels.core.storage import Format, compute_dtype
 from adamal_kernels.projections import CoupledSet
 from adamal_kernels.verify import same_bits
 from adamal_kernels.verify.oracle import TOLERANCES, nearest_point
@@ -212,7 +212,7 @@ def run(
 def test_every_backend_gives_the_bits_of_the_reference(
     place: Place, layout: str, cls: type[CoupledSet], dtype: torch.dtype
 ) -> None:
-    place.skip_unless_supported((dtype, dtype))
+    place.skip_unless_supported(Format(dtype, dtype))
     size = {L2Ball: 0.7, L1Ball: 1.5, Simplex: 1.5}[cls]
     projection = cls(size, dim=LAYOUTS[layout][2])
     param, held, _ = run(place, layout, projection, dtype)
@@ -243,7 +243,7 @@ def test_a_step_ends_in_the_set_and_at_the_nearest_point(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_projected_point_stays(place: Place, cls: type[CoupledSet], dtype: torch.dtype) -> None:
     """To the bit: a step that does not move projects nothing a second time."""
-    place.skip_unless_supported((dtype, dtype))
+    place.skip_unless_supported(Format(dtype, dtype))
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(50, 64, generator=generator, dtype=torch.float64).to(dtype)
     param = values.clone().to(place.device).requires_grad_()
