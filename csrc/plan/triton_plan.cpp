@@ -20,7 +20,7 @@ struct TensorInput {
 static_assert(sizeof(TensorInput) % kAlignment == 0, "the scalars that follow must be aligned");
 
 // What the scalars of a step on the device are derived from. The twin of
-// adamal_kernels.backends.triton.plan.ScalarSource and OptionEntry, which the kernel reads as words
+// adamal_kernels.backends.triton.tables.ScalarSource and OptionEntry, which the kernel reads as words
 // of 8 bytes.
 struct ScalarSource {
   int64_t tensor_count;
@@ -66,7 +66,7 @@ OptionEntry entry_of(const DeviceOptions& options) {
 }
 
 // A tensor's set and rows, which the kernels read as words of 8 bytes. The twin of
-// adamal_kernels.backends.triton.plan.SetEntry and what follows it.
+// adamal_kernels.backends.triton.tables.SetEntry and what follows it.
 struct SetWords {
   struct Runs {
     int64_t sizes[CoupledRows::kMostRuns];
