@@ -23,7 +23,7 @@ PACKAGE := $(shell find adamal_kernels -name '*.py')
 # What depends on Python's and torch's own objects, whose layout and interfaces change.
 CORE_TESTS := $(addprefix tests/optimizer/test_,optimizer.py plan.py traps.py bad_input.py) \
   $(addprefix tests/fast_path/test_,steady_state.py dict_version.py shared_walk.py) \
-  tests/checkpoints/test_checkpoint.py
+  $(addprefix tests/checkpoints/test_,checkpoint.py saved_before.py)
 
 .NOTPARALLEL:
 .PHONY: help demo test bench bench-check paper build cuda-build newest newest-bench-check \

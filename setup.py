@@ -97,6 +97,12 @@ class Build(build):
         (name, None if name == "build_ext" else condition) for name, condition in build.sub_commands
     ]
 
+    def run(self) -> None:
+        """Build without what an earlier build has left of modules that have moved since."""
+        for module in Path(self.build_lib, PACKAGE).rglob("*.py"):
+            module.unlink()
+        super().run()
+
 
 def index_page(files_url: str | None) -> str:
     """Return the README as a package index shows it, where no relative link leads anywhere.

@@ -43,11 +43,12 @@ __all__ = [
 if not TYPE_CHECKING:
 
     def __getattr__(name):
-        modules = ("optimizer", "projections", "watch", "backends")
+        modules = {name: name for name in ("optimizer", "projections", "watch", "backends")}
+        modules["in_backward"] = "modes.in_backward"
         if name in modules:
-            return import_module(f".{name}", __name__)
+            return import_module(f".{modules[name]}", __name__)
         if name in __all__:
-            for module in (*modules, "modes.in_backward"):
+            for module in modules.values():
                 home = import_module(f".{module}", __name__)
                 if name in home.__all__:
                     return globals().setdefault(name, getattr(home, name))

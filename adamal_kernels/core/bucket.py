@@ -50,7 +50,8 @@ class Bucket:
 
     Element ``i`` of a parameter in memory order belongs to element ``i`` of its gradient and
     moments: every tensor is dense and shares its parameter's strides. Gradients are
-    ``key.format.grad``, parameters ``key.format.param``, moments the compute type.
+    ``key.format.grad``, parameters ``key.format.param``, moments
+    ``key.format.exp_avg`` and ``key.format.exp_avg_sq``.
     """
 
     key: BucketKey

@@ -8,7 +8,8 @@ namespace adamal {
 using float32 = float;
 using float64 = double;
 
-// The 16-bit types are bits only; storage.h converts them. All arithmetic is float32 or float64.
+// The 16-bit types are bits only; formula/storage.h converts them. All arithmetic is float32 or
+// float64.
 struct bfloat16 {
   uint16_t bits;
 };

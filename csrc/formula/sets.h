@@ -4,7 +4,8 @@
 //
 // The nearest point has one unknown a row, its multiplier, which Newton's method finds: every
 // evaluation adds two terms of each element, in the order of formula/norm.h. All is float64, each
-// operation rounded to nearest, in the order written here; the twin is adamal_kernels/backends/eager/sets.py.
+// operation rounded to nearest, in the order written here; the twin is
+// adamal_kernels/backends/eager/sets.py.
 #pragma once
 
 #include <cmath>

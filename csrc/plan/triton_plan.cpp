@@ -20,8 +20,8 @@ struct TensorInput {
 static_assert(sizeof(TensorInput) % kAlignment == 0, "the scalars that follow must be aligned");
 
 // What the scalars of a step on the device are derived from. The twin of
-// adamal_kernels.backends.triton.tables.ScalarSource and OptionEntry, which the kernel reads as words
-// of 8 bytes.
+// adamal_kernels.backends.triton.tables.ScalarSource and OptionEntry, which the kernel reads as
+// words of 8 bytes.
 struct ScalarSource {
   int64_t tensor_count;
   float* counts;

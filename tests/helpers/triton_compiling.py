@@ -78,10 +78,9 @@ def elements_per_thread(target: GPUTarget) -> int:
 
 def stream_bytes(dtypes: Format, second_moment: SecondMoment, target: GPUTarget) -> dict[str, int]:
     """Return the bytes of each stream that a thread reads of a whole block."""
-    moment = compute_dtype(dtypes.param)
-    streams = {"param": dtypes.param, "grad": dtypes.grad, "exp_avg": moment, "exp_avg_sq": moment}
+    streams = dtypes._asdict()
     if second_moment is SecondMoment.AMSGRAD:
-        streams["max_exp_avg_sq"] = moment
+        streams["max_exp_avg_sq"] = dtypes.exp_avg_sq
     return {name: elements_per_thread(target) * dtype.itemsize for name, dtype in streams.items()}
 
 

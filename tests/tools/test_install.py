@@ -272,6 +272,13 @@ def test_in_the_source_tree_an_installed_copy_is_pointed_at(
     assert reason.endswith("run: python -m adamal_kernels build")
 
 
+def test_a_module_that_moved_since_a_build_is_not_in_the_wheel(checkout: Checkout) -> None:
+    names = checkout.build(NO_TORCH).files
+    (built,) = (checkout.tree / "build").glob("lib*/adamal_kernels")
+    (built / "moved.py").touch()
+    assert checkout.build(NO_TORCH).files == names
+
+
 def test_the_wheel_has_the_sources_and_what_an_index_shows(checkout: Checkout) -> None:
     wheel = checkout.build(NO_TORCH)
     paths = {path.relative_to(ROOT).as_posix() for path in source_files(ROOT / "csrc")}
