@@ -15,7 +15,8 @@ from helpers.support import Place, refused
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adamal_kernels import Adam, AdamAL, AdamALW, Box
+import adamal_kernels
+from adamal_kernels import Adam, AdamAL, AdamALW, Box, InBackwardHandle
 from adamal_kernels.step import stepper as stepper_module
 from adamal_kernels.verify import different_values, same_bits
 
@@ -427,3 +428,7 @@ def test_a_compiled_model() -> None:
         job.backward()
         job.check_equals(plain)
     torch._dynamo.reset()
+
+
+def test_the_module_is_found_beside_the_package_as_before() -> None:
+    assert adamal_kernels.in_backward.InBackwardHandle is InBackwardHandle
