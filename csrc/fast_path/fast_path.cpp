@@ -83,7 +83,9 @@ SteadyState::SteadyState(const py::list& groups, const py::dict& state,
     set_types(step.param_types, scalar_type(format.param));
     set_types(step.grad_types, scalar_type(format.grad));
     for (int which = 0; which < Buffer::count; ++which) {
-      set_types(step.buffer_types[which], scalar_type(buffer_dtype(which, format)));
+      ElementType types[2];
+      set_types(types, scalar_type(buffer_dtype(which, format)));
+      for (int is_complex : {0, 1}) step.buffer_types[is_complex][which] = types[is_complex];
     }
     step.deleter = c10::GetAllocator(plans[i]->device().type())->raw_deleter();
     step.plan = std::move(plans[i]);
@@ -195,7 +197,7 @@ void SteadyState::list_written() {
         const bool is_of_rows = kBuffers[which].shape == BufferShape::rows;
         const int64_t rows = step.has_sets ? step.sets[slot].rows : 0;
         add(entry.buffers[which],
-            (is_of_rows ? rows : entry.numel) * step.buffer_types[which][0].bytes);
+            (is_of_rows ? rows : entry.numel) * step.buffer_types[0][which].bytes);
       }
     }
     add(step.steps.const_data_ptr(), step.steps.nbytes());

@@ -146,7 +146,7 @@ class SteadyState {
     std::shared_ptr<Plan> plan;
     ElementType param_types[2];  // of real parameters and of complex ones
     ElementType grad_types[2];
-    ElementType buffer_types[Buffer::count][2];
+    ElementType buffer_types[2][Buffer::count];
     c10::DeleterFnPtr deleter;         // of its device's allocator
     std::vector<uint32_t> options_of;  // by slot
     std::vector<const void*> grads;

@@ -163,9 +163,10 @@ bool SteadyState::read_member(size_t index, TensorEntry* entry, const void** gra
   if (count == nullptr || !is_count(member, *count)) return false;
   *entry = {
       layout.mutable_address(param, param_type.bytes), layout.numel() << member.is_complex, {}};
+  const ElementType* const types = step.buffer_types[member.is_complex];
   const auto read_elements = [&](int which) {
     const c10::TensorImpl* const tensor = state_tensor(index, which);
-    const ElementType type = step.buffer_types[which][member.is_complex];
+    const ElementType& type = types[which];
     if (tensor == nullptr || !layout.holds_for(*tensor, type)) return false;
     entry->buffers[which] = layout.mutable_address(*tensor, type.bytes);
     return true;
