@@ -113,7 +113,9 @@ def store(stored: Tensor, values: Tensor) -> None:
 
 
 def store_all(stored: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Store the values of several tensors, in few operators; see :func:`store`."""
-    changed = [pair for pair in zip(stored, values, strict=True) if pair[0] is not pair[1]]
-    if changed:
-        torch._foreach_copy_(*map(list, zip(*changed, strict=True)))
+    """Store the values of several tensors, in few operators; see :func:`store`.
+
+    Tensors that hold their values already are those of a type that is computed in: all, or none.
+    """
+    if stored and values[0] is not stored[0]:
+        torch._foreach_copy_(stored, values)

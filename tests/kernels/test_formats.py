@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.device_kernels import OPTIONS
 from helpers.support import same_bits
 from torch import Tensor
 
@@ -14,23 +15,13 @@ from adamal_kernels.backends.eager.reference import ReferenceBackend
 from adamal_kernels.core.bucket import Bucket, BucketKey
 from adamal_kernels.core.buffers import SecondMoment
 from adamal_kernels.core.rounding import rounded_sqrt
-from adamal_kernels.core.scalars import StepOptions, derive_step_scalars
+from adamal_kernels.core.scalars import derive_step_scalars
 from adamal_kernels.core.stats import WatchRecords, unpacked
 from adamal_kernels.core.storage import Format
 
 CPU = torch.device("cpu")
 WIDE = Format(torch.float32, torch.float32)
 ROUNDING = Format(torch.float32, torch.float32, torch.bfloat16, torch.float16)
-OPTIONS = StepOptions(
-    lr=0.1,
-    beta1=0.9,
-    beta2=0.98,
-    eps=1e-8,
-    weight_decay=0.1,
-    decoupled_weight_decay=False,
-    maximize=False,
-    bias_correction=True,
-)
 STEPS = 4
 # One that the CPU's pieces take by itself, and some that they pack.
 SIZES = (40_000, 3, 17)
