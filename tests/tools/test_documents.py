@@ -218,7 +218,7 @@ def test_a_path_that_is_not_there_is_noticed() -> None:
 
 def test_the_tree_of_the_architecture_names_every_folder() -> None:
     tree = blocks((ROOT / "docs/architecture.md").read_text())[0]
-    named = set(re.findall(r"(\w+)/", "\n".join(tree.lines)))
+    named = set(re.findall(r"^ *(\w+)/", "\n".join(tree.lines), re.MULTILINE))
     folders = {
         path.name
         for top in ("adamal_kernels", "csrc")
